@@ -1,0 +1,5 @@
+"""Errors a person can act on."""
+
+
+class UserError(Exception):
+    """Something the user can mend: the command line prints it as one line and exits with 2."""

@@ -1,0 +1,262 @@
+"""TWISTER's transformer: post-norm blocks, relative positions, a window of `context` earlier positions.
+
+The same weights are used in two ways: over a whole training window at once, and one step at a time with a
+ring of cached keys and values (acting and imagination). The tests hold the two against each other.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from twister_jax.nn.layers import layer_norm, pytorch_linear
+
+KeysValues = tuple[tuple[Float[Array, "batch time hidden"], ...], tuple[Float[Array, "batch time hidden"], ...]]
+"""Keys and values that every block computed over a training window."""
+
+
+@struct.dataclass
+class Ring:
+    """Cached keys and values of the last positions of each sequence, per block.
+
+    The ring has context + 1 slots, so that a new position overwrites the one that has just left the
+    context. All sequences advance together: position p lives in slot p mod (context + 1).
+    """
+
+    keys: tuple[Float[Array, "slot sequence hidden"], ...]
+    values: tuple[Float[Array, "slot sequence hidden"], ...]
+    visible: Bool[Array, "slot sequence"]
+    position: Int[Array, ""]
+    """Position that the next step takes."""
+
+
+def sinusoids(distances: int, features: int) -> Float[Array, "distances features"]:
+    """r_d: sin on even and cos on odd channels of d / 10000^(2k/features) (Vaswani et al. 2017)."""
+    rates = 10000.0 ** (-jnp.arange(0, features, 2) / features)
+    angles = jnp.arange(distances)[:, None] * rates
+    return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(distances, features)
+
+
+def by_distance_to_by_key(
+    scores: Float[Array, "*batch query distance"],
+) -> Float[Array, "*batch query key"]:
+    """Turns scores per distance d = 0…C into scores per key j = i − d; elsewhere what it holds is arbitrary.
+
+    The relative shift of Transformer-XL (Dai et al. 2019, appendix B): pad each row and read the memory
+    with rows one shorter, which needs no gather.
+    """
+    *batch, length, distances = scores.shape
+    width = length + distances
+    padded = jnp.pad(scores[..., ::-1], [(0, 0)] * (scores.ndim - 1) + [(0, length)])
+    flat = padded.reshape(*batch, length * width)[..., : length * (width - 1)]
+    return flat.reshape(*batch, length, width - 1)[..., distances - 1 :]
+
+
+def attention_mask(is_first: Bool[Array, "batch time"], context: int) -> Bool[Array, "batch time time"]:
+    """Which keys j a query i sees: i − context ≤ j ≤ i, and not before the newest `is_first` up to i."""
+    length = is_first.shape[1]
+    episode = jnp.cumsum(is_first, axis=1)
+    distance = jnp.arange(length)[:, None] - jnp.arange(length)
+    near = (distance >= 0) & (distance <= context)
+    return near & (episode[:, :, None] == episode[:, None, :])
+
+
+class Dropout:
+    """Inverted dropout with a key of its own at every call; the identity without a key or at rate 0."""
+
+    def __init__(self, rate: float, key: PRNGKeyArray | None):
+        self._rate = rate
+        self._key = key
+        self._calls = 0
+
+    def __call__(self, x: Array) -> Array:
+        if self._key is None or self._rate == 0.0:
+            return x
+        key = jax.random.fold_in(self._key, self._calls)
+        self._calls += 1
+        keep = jax.random.bernoulli(key, 1.0 - self._rate, x.shape)
+        return jnp.where(keep, x / (1.0 - self._rate), 0.0).astype(x.dtype)
+
+
+class Block(nnx.Module):
+    """x = LN(x + drop(attention(x))); x = LN(x + drop(W2·relu(W1·x)))."""
+
+    def __init__(self, hidden: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.heads = heads
+        self.query = pytorch_linear(hidden, hidden, dtype=dtype, rngs=rngs)
+        self.key = pytorch_linear(hidden, hidden, dtype=dtype, rngs=rngs)
+        self.value = pytorch_linear(hidden, hidden, dtype=dtype, rngs=rngs)
+        self.output = pytorch_linear(hidden, hidden, dtype=dtype, rngs=rngs)
+        self.position = pytorch_linear(hidden, hidden, dtype=dtype, rngs=rngs)
+        self.u = nnx.Param(jnp.zeros(hidden))
+        self.v = nnx.Param(jnp.zeros(hidden))
+        self.attention_norm = layer_norm(hidden, 1e-6, dtype=dtype, rngs=rngs)
+        self.expand = pytorch_linear(hidden, 2 * hidden, dtype=dtype, rngs=rngs)
+        self.contract = pytorch_linear(2 * hidden, hidden, dtype=dtype, rngs=rngs)
+        self.feedforward_norm = layer_norm(hidden, 1e-6, dtype=dtype, rngs=rngs)
+
+    def _split(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch head size"]:
+        return x.reshape(*x.shape[:-1], self.heads, x.shape[-1] // self.heads)
+
+    def position_keys(self, context: int) -> Float[Array, "distance head size"]:
+        """W_p·r_d for d = 0…context. They depend on the distance alone: computed once, used everywhere."""
+        hidden = self.u.shape[0]
+        return self._split(self.position(sinusoids(context + 1, hidden)))
+
+    def _finish(self, x: Array, attended: Array, dropout: Dropout) -> Array:
+        x = self.attention_norm(x + dropout(self.output(attended)))
+        return self.feedforward_norm(x + dropout(self.contract(jax.nn.relu(self.expand(x)))))
+
+    def __call__(
+        self,
+        x: Float[Array, "batch time hidden"],
+        mask: Bool[Array, "batch time time"],
+        context: int,
+        dropout: Dropout,
+    ) -> tuple[Array, Array, Array]:
+        """Whole windows. Returns the output, and this block's keys and values, all [batch, time, hidden]."""
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        content = self._split(query + self.u[...].astype(query.dtype))
+        place = self._split(query + self.v[...].astype(query.dtype))
+        scores = jnp.einsum("bihd,bjhd->bhij", content, self._split(key))
+        by_distance = jnp.einsum("bihd,rhd->bhir", place, self.position_keys(context))
+        scores = (scores + by_distance_to_by_key(by_distance)).astype(jnp.float32)
+        scores = scores * (x.shape[-1] // self.heads) ** -0.5
+        weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf))
+        weights = dropout(weights).astype(value.dtype)
+        attended = jnp.einsum("bhij,bjhd->bihd", weights, self._split(value))
+        return self._finish(x, attended.reshape(x.shape), dropout), key, value
+
+    def step(
+        self,
+        x: Float[Array, "sequence hidden"],
+        keys: Float[Array, "slot sequence hidden"],
+        values: Float[Array, "slot sequence hidden"],
+        visible: Bool[Array, "slot sequence"],
+        slot: Int[Array, ""],
+        position_keys: Float[Array, "distance head size"],
+    ) -> tuple[Array, Array, Array]:
+        """One position of every sequence; `visible` already holds the new slot. Returns x, keys, values."""
+        query = self.query(x)
+        keys = jax.lax.dynamic_update_index_in_dim(keys, self.key(x).astype(keys.dtype), slot, axis=0)
+        values = jax.lax.dynamic_update_index_in_dim(values, self.value(x).astype(values.dtype), slot, axis=0)
+        content = self._split(query + self.u[...].astype(query.dtype))
+        place = self._split(query + self.v[...].astype(query.dtype))
+        slots = keys.shape[0]
+        by_slot = position_keys[(slot - jnp.arange(slots)) % slots]
+        scores = jnp.einsum("nhd,snhd->snh", content, self._split(keys))
+        scores = (scores + jnp.einsum("nhd,shd->snh", place, by_slot)).astype(jnp.float32)
+        scores = scores * (x.shape[-1] // self.heads) ** -0.5
+        weights = jax.nn.softmax(jnp.where(visible[..., None], scores, -jnp.inf), axis=0).astype(values.dtype)
+        attended = jnp.einsum("snh,snhd->nhd", weights, self._split(values))
+        return self._finish(x, attended.reshape(x.shape), Dropout(0.0, None)), keys, values
+
+
+class Transformer(nnx.Module):
+    """A stack of blocks without a final norm."""
+
+    def __init__(
+        self,
+        hidden: int,
+        blocks: int,
+        heads: int,
+        context: int,
+        dropout: float,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.hidden = hidden
+        self.context = context
+        self.dropout = dropout
+        self.dtype = dtype
+        self.blocks = nnx.List([Block(hidden, heads, dtype=dtype, rngs=rngs) for _ in range(blocks)])
+
+    def __call__(
+        self,
+        x: Float[Array, "batch time hidden"],
+        is_first: Bool[Array, "batch time"],
+        dropout_key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "batch time hidden"], KeysValues]:
+        """Whole windows, nothing before them. Dropout is on where a key is given.
+
+        Returns the output, and the keys and the values of every block.
+        """
+        mask = attention_mask(is_first, self.context)
+        dropout = Dropout(self.dropout, dropout_key)
+        keys, values = [], []
+        for block in self.blocks:
+            x, key, value = block(x, mask, self.context, dropout)
+            keys.append(key)
+            values.append(value)
+        return x, (tuple(keys), tuple(values))
+
+    def empty_ring(self, sequences: int) -> Ring:
+        """A ring in which nothing is visible yet."""
+        slots = self.context + 1
+        empty = tuple(jnp.zeros((slots, sequences, self.hidden), self.dtype) for _ in self.blocks)
+        return Ring(
+            keys=empty,
+            values=empty,
+            visible=jnp.zeros((slots, sequences), bool),
+            position=jnp.zeros((), jnp.int32),
+        )
+
+    def rings_of_windows(
+        self,
+        cache: KeysValues,
+        is_first: Bool[Array, "batch time"],
+    ) -> Ring:
+        """A ring for every position of a training pass, holding it and the context − 1 positions before.
+
+        The published asymmetry of imagination is kept (ALGORITHMS.md, sequence rules): a key p is visible from
+        start t only if no position in p…t is first, so a reset position's own key is hidden. Sequences are the
+        batch · time positions, batch-major; their next position is `context`.
+        """
+        context = self.context
+        batch, length = is_first.shape
+
+        def windows(x: Float[Array, "batch time hidden"]) -> Float[Array, "slot sequence hidden"]:
+            padded = jnp.pad(x, [(0, 0), (context - 1, 0), (0, 0)])
+            slots = [padded[:, offset : offset + length] for offset in range(context)]
+            return jnp.stack([*slots, jnp.zeros_like(x)]).reshape(context + 1, batch * length, x.shape[-1])
+
+        # Key p = t − n is visible when the newest first step at or before t lies before p.
+        steps = jnp.arange(length)
+        newest_first = jax.lax.cummax(jnp.where(is_first, steps, -1), axis=1)
+        slots = [
+            (steps - n >= 0) & (steps - n > newest_first) for n in range(context - 1, -1, -1)
+        ] + [jnp.zeros((batch, length), bool)]
+        return Ring(
+            keys=tuple(map(windows, cache[0])),
+            values=tuple(map(windows, cache[1])),
+            visible=jnp.stack(slots).reshape(context + 1, batch * length),
+            position=jnp.asarray(context, jnp.int32),
+        )
+
+    def position_keys(self) -> list[Float[Array, "distance head size"]]:
+        """Every block's position keys, for `step`."""
+        return [block.position_keys(self.context) for block in self.blocks]
+
+    def step(
+        self,
+        x: Float[Array, "sequence hidden"],
+        ring: Ring,
+        position_keys: list[Float[Array, "distance head size"]],
+    ) -> tuple[Float[Array, "sequence hidden"], Ring]:
+        """The next position of every sequence: sees what is visible in the ring, and itself."""
+        chex.assert_shape(x, (ring.visible.shape[1], self.hidden))
+        slot = ring.position % (self.context + 1)
+        visible = jax.lax.dynamic_update_index_in_dim(
+            ring.visible, jnp.ones_like(ring.visible[0]), slot, axis=0
+        )
+        keys, values = [], []
+        for index, block in enumerate(self.blocks):
+            x, key, value = block.step(
+                x, ring.keys[index], ring.values[index], visible, slot, position_keys[index]
+            )
+            keys.append(key)
+            values.append(value)
+        return x, Ring(tuple(keys), tuple(values), visible, ring.position + 1)

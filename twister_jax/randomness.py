@@ -1,0 +1,37 @@
+"""Random keys folded from (seed, purpose, step), so that a restart draws what an undisturbed run would have."""
+
+import enum
+from functools import partial
+
+import jax
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
+
+class Purpose(enum.IntEnum):
+    """What a key is for. The numbers are part of a run's identity: never reuse or reorder them."""
+
+    INIT = 0
+    ACT = 1
+    UPDATE = 2
+    PREFILL = 3
+    PRETRAIN = 4
+    REPORT = 5
+    EVALUATE = 6
+    ENVIRONMENT = 7
+    EVALUATION_ENVIRONMENT = 8
+
+
+@partial(jax.jit, static_argnums=1)
+def _fold(seed, purpose, step):
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)
+
+
+def key_for(seed: int, purpose: Purpose, step: int = 0) -> PRNGKeyArray:
+    """The key of one draw: the same three numbers always give the same key."""
+    return _fold(np.uint32(seed), int(purpose), np.uint32(step))
+
+
+def generator_for(seed: int, purpose: Purpose, step: int = 0) -> np.random.Generator:
+    """The same on the host."""
+    return np.random.default_rng([seed, int(purpose), step])

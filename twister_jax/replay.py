@@ -1,0 +1,110 @@
+"""The replay store: circular, on the device, inserted in place, windows drawn inside the compiled update.
+
+Every environment has a stream of its own; all streams advance together, so one cursor serves all. Frames
+are kept as flat uint8 rows, because a trailing axis of 3 channels would be padded to 128 on a TPU.
+"""
+
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
+
+from twister_jax.agent import Transition
+
+
+@struct.dataclass
+class Replay:
+    """All stored steps. Donate it to whatever returns a new one, so that it is updated in place."""
+
+    frames: UInt8[Array, "stream capacity pixel"]
+    action: Float[Array, "stream capacity action"]
+    reward: Float[Array, "stream capacity"]
+    terminal: Bool[Array, "stream capacity"]
+    is_first: Bool[Array, "stream capacity"]
+    visits: Int[Array, "stream capacity"]
+    """How often a window starting here was drawn; only balanced sampling looks at it."""
+    inserted: Int[Array, ""]
+    """Steps ever inserted into each stream; the next goes to slot `inserted % capacity`."""
+    image_shape: tuple[int, int, int] = struct.field(pytree_node=False)
+
+    @property
+    def capacity(self) -> int:
+        """Steps each stream can hold."""
+        return self.frames.shape[1]
+
+    @property
+    def size(self) -> Int[Array, ""]:
+        """Steps each stream holds now."""
+        return jnp.minimum(self.inserted, self.capacity)
+
+
+def init(streams: int, capacity: int, image_shape: tuple[int, int, int], num_actions: int) -> Replay:
+    """An empty store of `capacity` steps for each of `streams` environments."""
+    rows = (streams, capacity)
+    return Replay(
+        frames=jnp.zeros((*rows, math.prod(image_shape)), jnp.uint8),
+        action=jnp.zeros((*rows, num_actions), jnp.float32),
+        reward=jnp.zeros(rows, jnp.float32),
+        terminal=jnp.zeros(rows, bool),
+        is_first=jnp.zeros(rows, bool),
+        visits=jnp.zeros(rows, jnp.int32),
+        inserted=jnp.zeros((), jnp.int32),
+        image_shape=image_shape,
+    )
+
+
+def insert(replay: Replay, step: Transition) -> Replay:
+    """Appends one step to every stream, over the oldest one when full.
+
+    `step` has one leading axis, the stream. The action of a reset step is stored as zeros whatever is given.
+    """
+    streams = replay.frames.shape[0]
+    chex.assert_shape(step.image, (streams, *replay.image_shape))
+    chex.assert_shape(step.action, (streams, replay.action.shape[-1]))
+    chex.assert_shape([step.reward, step.terminal, step.is_first], (streams,))
+    slot = replay.inserted % replay.capacity
+
+    def put(rows: Array, value: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(rows, value[:, None].astype(rows.dtype), slot, axis=1)
+
+    return replay.replace(
+        frames=put(replay.frames, step.image.reshape(streams, -1)),
+        action=put(replay.action, jnp.where(step.is_first[:, None], 0.0, step.action)),
+        reward=put(replay.reward, step.reward),
+        terminal=put(replay.terminal, step.terminal),
+        is_first=put(replay.is_first, step.is_first),
+        visits=put(replay.visits, jnp.zeros(streams, jnp.int32)),
+        inserted=replay.inserted + 1,
+    )
+
+
+def gather(replay: Replay, stream: Int[Array, " batch"], start: Int[Array, " batch"], length: int) -> Transition:
+    """Windows of `length` consecutive steps; `start` counts from the oldest step a stream holds.
+
+    Returns leaves shaped [batch, length, ...].
+    """
+    oldest = jnp.where(replay.inserted > replay.capacity, replay.inserted % replay.capacity, 0)
+    slots = (oldest + start[:, None] + jnp.arange(length)) % replay.capacity
+    index = (stream[:, None], slots)
+    return Transition(
+        image=replay.frames[index].reshape(*slots.shape, *replay.image_shape),
+        action=replay.action[index],
+        reward=replay.reward[index],
+        terminal=replay.terminal[index],
+        is_first=replay.is_first[index],
+    )
+
+
+def sample(replay: Replay, key: PRNGKeyArray, batch_size: int, length: int) -> Transition:
+    """`batch_size` windows of `length` steps, uniform over all start positions of all streams.
+
+    Each stream must hold at least `length` steps. No window crosses the write head: windows run from the
+    oldest step a stream holds to its newest.
+    """
+    key_stream, key_start = jax.random.split(key)
+    stream = jax.random.randint(key_stream, (batch_size,), 0, replay.frames.shape[0])
+    start = jax.random.randint(key_start, (batch_size,), 0, replay.size - length + 1)
+    return gather(replay, stream, start, length)

@@ -1,0 +1,63 @@
+"""Pictures of what the world model sees and foresees."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+
+from twister_jax.agent import Transition
+from twister_jax.nn.distributions import KeySampler
+from twister_jax.twister.behavior import starts_of
+from twister_jax.twister.world_model import WorldModel, to_float
+
+CONTEXT = 8
+"""Steps that the model sees before it has to go on alone."""
+COLUMNS = 16
+"""Steps shown."""
+
+
+def open_loop_picture(
+    model: WorldModel, windows: Transition, key: PRNGKeyArray
+) -> UInt8[Array, "height width 3"]:
+    """For every window three rows over time: truth, reconstruction, and imagination.
+
+    The imagined row shows reconstructions for the first steps, then what the model foresees from there given
+    only the actions that were really taken.
+    """
+    images = to_float(windows.image)
+    batch, length = windows.is_first.shape
+    context, columns = min(CONTEXT, length // 2), min(COLUMNS, length)
+    key_observe, key_imagine = jax.random.split(key)
+    seen = model.observe(images, windows.action, windows.is_first, KeySampler(key_observe), None)
+    start = starts_of(model, seen, windows.is_first, windows.terminal)
+    here = jnp.arange(batch) * length + context - 1
+    ring = start.ring.replace(
+        keys=tuple(x[:, here] for x in start.ring.keys),
+        values=tuple(x[:, here] for x in start.ring.values),
+        visible=start.ring.visible[:, here],
+    )
+    position_keys = model.transformer.position_keys()
+
+    def step(carry, inputs):
+        latent, ring = carry
+        action, key = inputs
+        deter, ring = model.step(latent, action, ring, position_keys)
+        latent = model.prior(deter).draw(key).reshape(batch, -1)
+        return (latent, ring), latent
+
+    actions = jnp.swapaxes(seen.actions[:, context:columns], 0, 1)
+    keys = jax.random.split(key_imagine, columns - context)
+    _, latent = jax.lax.scan(step, (start.latent[here], ring), (actions, keys))
+
+    reconstructed = model.decoder(seen.latent[:, :columns])
+    foreseen = model.decoder(jnp.swapaxes(latent, 0, 1))
+    imagined = jnp.concatenate([reconstructed[:, :context], foreseen], axis=1)
+    rows = jnp.stack([images[:, :columns], reconstructed, imagined], axis=1)
+    return tile(rows.reshape(batch * 3, *rows.shape[2:]))
+
+
+def tile(images: Float[Array, "row column height width channel"]) -> UInt8[Array, "height width 3"]:
+    """One picture of a grid of images in [−0.5, 0.5]; grey ones become RGB."""
+    rows, columns, height, width, channels = images.shape
+    grid = images.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
+    grid = jnp.clip((grid + 0.5) * 255.0, 0, 255).astype(jnp.uint8)
+    return jnp.broadcast_to(grid, (*grid.shape[:2], 3))
