@@ -1,0 +1,631 @@
+import builtins
+import contextlib
+import dataclasses
+import errno
+import functools
+import json
+import logging
+import math
+import os
+import shutil
+import subprocess
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from twister_jax import replay as replays
+from twister_jax.agent import Health, Transition
+from twister_jax.errors import UserError
+from twister_jax.training import checkpoint
+from twister_jax.training.checkpoint import Checkpointer, Snapshot
+
+IMAGE, ACTIONS = (4, 4, 3), 2
+insert = jax.jit(replays.insert, donate_argnums=0)
+
+
+class State(NamedTuple):
+    parameters: dict[str, Any]
+    health: Health
+    step: jax.Array
+
+
+def make_state(seed=0, width=3):
+    rng = np.random.default_rng(seed)
+    bits = rng.integers(0, 2**32, (2, width), np.uint32).view(np.float32)  # NaNs and denormals too
+    parameters = {
+        "kernel": jnp.array(bits),
+        "half": jnp.array(rng.normal(size=5), jnp.bfloat16),
+        "mask": jnp.array([True, False]),
+        "empty": jnp.zeros((0, 3)),
+        "key": jnp.array(rng.integers(0, 2**32, 2, np.uint32)),
+        "nested": [jnp.float32(seed), None, (jnp.int32(-seed),)],
+    }
+    return State(parameters, Health.sound(), jnp.int32(seed))
+
+
+def make_replay(capacity=8, streams=2):
+    return replays.init(streams, capacity, IMAGE, ACTIONS)
+
+
+def push(replay, steps, seed=0):
+    rng = np.random.default_rng([seed, int(replay.inserted)])
+    streams = replay.frames.shape[0]
+    for _ in range(steps):
+        step = Transition(
+            image=rng.integers(0, 256, (streams, *IMAGE), np.uint8),
+            action=rng.normal(size=(streams, ACTIONS)).astype(np.float32),
+            reward=rng.normal(size=streams).astype(np.float32),
+            terminal=rng.random(streams) < 0.5,
+            is_first=rng.random(streams) < 0.5,
+        )
+        replay = insert(replay, step)
+    visits = np.array(replay.visits)
+    visits[:, : int(replay.size)] = rng.integers(0, 9, visits[:, : int(replay.size)].shape)
+    return replay.replace(visits=jnp.array(visits))
+
+
+def copy(tree):
+    return jax.tree.map(lambda x: np.array(x), tree)
+
+
+def assert_same(restored, saved):
+    assert jax.tree.structure(restored) == jax.tree.structure(saved)
+    for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(saved), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert a.tobytes() == b.tobytes()
+
+
+class Run:
+    """A run that only inserts and saves, and remembers what it saved."""
+
+    def __init__(self, directory, keep=3, capacity=8, streams=2):
+        self.directory, self.keep = directory, keep
+        self.replay = make_replay(capacity, streams)
+        self.checkpointer = Checkpointer(directory, keep)
+        self.saved = {}
+
+    def advance(self, steps=3):
+        self.replay = push(self.replay, steps)
+        step = int(self.replay.inserted)
+        snapshot = Snapshot(make_state(step), self.replay, b"env %d" % step, {"env_steps": step, "loss": 0.1})
+        self.saved[step] = copy(snapshot.state), copy(self.replay), snapshot.env, snapshot.host
+        return step, snapshot
+
+    def save(self, steps=3):
+        step, snapshot = self.advance(steps)
+        self.checkpointer.save(step, snapshot)
+        return step
+
+    def restore(self):
+        """What a new process finds, checked against what was saved; the step it found."""
+        self.checkpointer = Checkpointer(self.directory, self.keep)
+        like = make_replay(self.replay.capacity, self.replay.frames.shape[0])
+        found = self.checkpointer.restore(make_state(), like)
+        if found is None:
+            return None
+        step = found.host["env_steps"]
+        state, replay, env, host = self.saved[step]
+        assert_same(found.state, state)
+        assert_same(found.replay, replay)
+        assert (found.env, found.host) == (env, host)
+        self.replay = found.replay
+        return step
+
+
+def segments(directory):
+    return {p.name: (p.stat().st_size, p.stat().st_mtime_ns) for p in (directory / "replay").iterdir()}
+
+
+def files(directory):
+    return {str(p.relative_to(directory)): p.stat().st_mtime_ns for p in directory.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def tmp_path():
+    """In memory where that can be had: the tests wait for thousands of fsyncs."""
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=memory) as path:
+        yield Path(path)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Chunks of two steps and segments of three, so that small stores have many."""
+    record = 2 * (math.prod(IMAGE) + ACTIONS * 4 + 4 + 2)
+    monkeypatch.setattr(checkpoint, "_CHUNK_BYTES", 2 * record)
+    monkeypatch.setattr(checkpoint, "_SEGMENT_BYTES", 3 * record)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Two checkpoints, to be copied."""
+    run = Run(tmp_path_factory.mktemp("two") / "checkpoints")
+    run.save()
+    run.save()
+    return run
+
+
+def copy_of(run, directory):
+    shutil.copytree(run.directory, directory)
+    other = Run(directory, run.keep, run.replay.capacity)
+    other.saved = dict(run.saved)
+    return other
+
+
+# What a checkpoint holds
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    pushes=st.lists(st.integers(0, 11), min_size=1, max_size=5),
+    shape=st.sampled_from([(1, 8), (2, 8), (2, 5)]),
+    keep=st.integers(1, 3),
+    resume=st.lists(st.booleans(), min_size=5, max_size=5),
+)
+def test_restores_bit_for_bit_whatever_was_pushed(tmp_path_factory, small, pushes, shape, keep, resume):
+    streams, capacity = shape
+    run = Run(tmp_path_factory.mktemp("run") / "checkpoints", keep, capacity, streams)
+    for steps, again in zip(pushes, resume, strict=False):
+        step = run.save(steps)
+        if again:
+            assert run.restore() == step
+    assert run.restore() == step
+    assert 1 <= len(run.checkpointer._checkpoints()) <= keep
+    # No segment outlives its use: none lies wholly before what the oldest checkpoint still holds.
+    oldest = run.checkpointer.steps()[0]
+    assert all(int(name.split("-")[1]) > oldest - capacity for name in segments(run.directory))
+
+
+def test_no_checkpoint_is_none_and_touches_nothing(tmp_path):
+    directory = tmp_path / "checkpoints"
+    like = make_replay()
+    assert Checkpointer(directory).restore(make_state(), like) is None
+    assert not directory.exists()
+    assert not like.frames.is_deleted()
+
+
+def test_restored_arrays_are_fresh_and_uncommitted(two, tmp_path):
+    run = copy_of(two, tmp_path / "c")
+    like = make_replay()
+    found = Checkpointer(run.directory).restore(jax.eval_shape(make_state), like)
+    for leaf in jax.tree.leaves((found.state, found.replay)):
+        assert isinstance(leaf, jax.Array)
+        assert not leaf.committed
+    assert like.frames.is_deleted()  # filled in place
+    found = Checkpointer(run.directory).restore(make_state(), jax.eval_shape(make_replay))
+    assert_same(found.replay, run.saved[6][1])
+
+
+def test_steps_on_disk_are_not_written_again(tmp_path, small):
+    run = Run(tmp_path / "c", capacity=20)
+    run.save(9)
+    before = segments(run.directory)
+    run.save(2)
+    after = segments(run.directory)
+    assert before.items() <= after.items()
+    (new,) = after.keys() - before.keys()
+    record = checkpoint._record_type(checkpoint._describe(run.replay)).itemsize
+    assert after[new][0] == 2 * 2 * record + len(numpy_header(run.directory / "replay" / new))
+    run.restore()
+    run.save(0)
+    assert segments(run.directory) == after
+
+
+def numpy_header(path):
+    data = path.read_bytes()
+    return data[: 10 + int.from_bytes(data[8:10], "little")]
+
+
+def test_only_the_newest_are_kept_and_their_segments(tmp_path):
+    run = Run(tmp_path / "c", keep=2, capacity=8)
+    for _ in range(6):
+        run.save(3)
+    assert run.checkpointer.steps() == [15, 18]
+    # 15 holds steps 7 to 15 and 18 holds 10 to 18.
+    assert sorted(name[:19] for name in segments(run.directory)) == [
+        "000000006-000000009",
+        "000000009-000000012",
+        "000000012-000000015",
+        "000000015-000000018",
+    ]
+
+
+def test_the_same_step_may_be_saved_twice(tmp_path):
+    run = Run(tmp_path / "c", keep=1)
+    step = run.save()
+    assert run.save(0) == step
+    assert run.restore() == step
+    assert run.checkpointer.steps() == [step]
+
+
+def test_a_longer_run_takes_over_a_smaller_replay(two, tmp_path):
+    run = copy_of(two, tmp_path / "c")
+    found = Checkpointer(run.directory).restore(make_state(), make_replay(20))
+    for name in ("frames", "action", "reward", "terminal", "is_first", "visits"):
+        stored = getattr(run.saved[6][1], name)
+        assert np.array_equal(getattr(found.replay, name)[:, :6], stored[:, :6], equal_nan=name == "action")
+    assert int(found.replay.inserted) == 6
+    assert Checkpointer(run.directory).restore(make_state(), make_replay(6)).replay.capacity == 6
+    with pytest.raises(UserError, match=r"6 steps per stream .* capacity 8, .* capacity 5 .*LOGDIR"):
+        Checkpointer(run.directory).restore(make_state(), make_replay(5))
+
+
+def test_a_replay_that_went_round_keeps_its_capacity(tmp_path):
+    run = Run(tmp_path / "c")
+    run.save(9)
+    with pytest.raises(UserError, match=r"capacity 8, .* capacity 20 cannot"):
+        Checkpointer(run.directory).restore(make_state(), make_replay(20))
+
+
+def test_another_model_or_replay_is_refused_by_name(two):
+    with pytest.raises(
+        UserError, match=r"parameters\.kernel is float32\[2,3\] there and float32\[2,4\] here"
+    ):
+        Checkpointer(two.directory).restore(make_state(width=4), make_replay())
+    with pytest.raises(UserError, match=r"parameters\.empty is float32\[0,3\] there and absent here"):
+        Checkpointer(two.directory).load_state(make_state()._replace(parameters={}), None)
+    with pytest.raises(UserError, match="streams is 2, here it is 1"):
+        Checkpointer(two.directory).restore(make_state(), make_replay(streams=1))
+    with pytest.raises(UserError, match="image_shape is"):
+        Checkpointer(two.directory).restore(make_state(), replays.init(2, 8, (4, 3, 4), ACTIONS))
+
+
+def test_evaluation_loads_the_state_alone_and_changes_nothing(two, tmp_path, caplog):
+    run = copy_of(two, tmp_path / "c")
+    shutil.rmtree(run.directory / "replay")
+    (run.directory / "tmp-000000009").mkdir()
+    before = sorted(run.directory.rglob("*"))
+    for step, found in ((None, 6), (3, 3)):
+        state, host = Checkpointer(run.directory).load_state(make_state(), step)
+        assert_same(state, run.saved[found][0])
+        assert host == run.saved[found][3]
+    with pytest.raises(UserError, match=r"no checkpoint of step 4 \(there: 3, 6\)"):
+        Checkpointer(run.directory).load_state(make_state(), 4)
+    with pytest.raises(UserError, match="no checkpoint"):
+        Checkpointer(tmp_path / "none").load_state(make_state())
+    assert sorted(run.directory.rglob("*")) == before
+    assert not caplog.records
+    flip(run.directory / "000000006-0" / "manifest.json", 40)
+    assert Checkpointer(run.directory).load_state(make_state())[1] == run.saved[3][3]
+    with pytest.raises(UserError, match="none of the 1 checkpoints"):
+        Checkpointer(run.directory).load_state(make_state(), 6)
+
+
+# Damage
+
+
+def flip(path, bit):
+    data = bytearray(path.read_bytes())
+    bit %= 8 * len(data)
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+def damages(path, rng):
+    size = path.stat().st_size
+    yield "flipped", lambda: flip(path, int(rng.integers(8 * size)))
+    yield "truncated", lambda: os.truncate(path, int(rng.integers(size)))
+    yield "emptied", lambda: os.truncate(path, 0)
+    yield "removed", lambda: path.unlink()
+
+
+def newest_only(run):
+    """The files that only the newest checkpoint needs."""
+    new = [p for p in (run.directory / "000000006-0").rglob("*") if p.is_file()]
+    return [*new, *(run.directory / "replay").glob("000000003-*")]
+
+
+def assert_steps_over(run, caplog, reason=""):
+    """The checkpoint before the newest is used, once; the run then goes on as if the newest never was."""
+    caplog.clear()
+    assert run.restore() == 3
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "000000006-0" in record.getMessage()
+    assert reason in record.getMessage()
+    assert "\n" not in record.getMessage()
+    caplog.clear()
+    assert run.restore() == 3
+    assert not caplog.records
+    assert run.save() == 6
+    assert run.restore() == 6
+    assert len(segments(run.directory)) == 2
+
+
+def test_damage_to_any_file_is_found(two, tmp_path, caplog):
+    rng = np.random.default_rng(0)
+    count = 0
+    for number in range(len(newest_only(two))):
+        for kind in range(4):
+            run = copy_of(two, tmp_path / "c")
+            name, damage = list(damages(newest_only(run)[number], rng))[kind]
+            if newest_only(run)[number].stat().st_size == 0 and name != "removed":
+                shutil.rmtree(run.directory)
+                continue
+            damage()
+            caplog.clear()
+            assert run.restore() == 3, (newest_only(two)[number], name)
+            assert len(caplog.records) == 1
+            count += 1
+            shutil.rmtree(run.directory)
+    assert count > 20
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(bit=st.integers(0, 1 << 20))
+def test_any_flipped_bit_of_a_manifest_is_found(two, tmp_path_factory, bit):
+    directory = tmp_path_factory.mktemp("flip")
+    shutil.copy(two.directory / "000000006-0" / "manifest.json", directory)
+    flip(directory / "manifest.json", bit)
+    with pytest.raises(checkpoint._UnusableError):
+        checkpoint._read_manifest(directory)
+
+
+@pytest.mark.parametrize("text", ["", "{", "null", "[]", '{"content": {}}', "\0" * 50, "[" * 100_000])
+def test_a_garbage_manifest_is_stepped_over(two, tmp_path, caplog, text):
+    run = copy_of(two, tmp_path / "c")
+    (run.directory / "000000006-0" / "manifest.json").write_text(text)
+    assert_steps_over(run, caplog, "manifest.json is damaged")
+
+
+def test_a_foreign_directory_is_stepped_over(two, tmp_path, caplog):
+    run = copy_of(two, tmp_path / "c")
+    shutil.rmtree(run.directory / "000000006-0")
+    (run.directory / "000000006-0").mkdir()
+    assert_steps_over(run, caplog, "no manifest.json")
+    (aside,) = run.directory.glob("unusable-*")
+    assert aside.name.startswith("unusable-000000006-0-")
+
+
+def test_few_unusable_checkpoints_are_kept(two, tmp_path):
+    run = copy_of(two, tmp_path / "c")
+    for _ in range(4):
+        (run.directory / "000000009-0").mkdir()
+        assert run.restore() == 6
+    assert len(list(run.directory.glob("unusable-*"))) == 2
+
+
+def test_none_usable_is_an_error_and_nothing_is_moved(two, tmp_path, caplog):
+    run = copy_of(two, tmp_path / "c")
+    for name in ("000000003-0", "000000006-0"):
+        flip(run.directory / name / "env.bin", 5)
+    before = files(run.directory)
+    with pytest.raises(UserError, match=r"none of the 2 checkpoints .* LOGDIR") as error:
+        run.restore()
+    assert "\n" not in str(error.value)
+    assert len(caplog.records) == 2
+    assert files(run.directory) == before
+
+
+def test_a_newer_format_is_refused_and_left_alone(two, tmp_path):
+    run = copy_of(two, tmp_path / "c")
+    path = run.directory / "000000006-0" / "manifest.json"
+    content = {"all": "new"}
+    crc32 = zlib.crc32(json.dumps(content, sort_keys=True).encode())
+    path.write_text(json.dumps({"content": content, "crc32": crc32, "format": checkpoint.FORMAT + 1}))
+    with pytest.raises(UserError, match=r"newer twister_jax .*upgrade"):
+        run.restore()
+    path.write_text(json.dumps({"content": content, "crc32": crc32 + 1, "format": checkpoint.FORMAT + 1}))
+    assert run.restore() == 3
+
+
+def test_a_directory_of_something_else_is_refused(tmp_path):
+    (tmp_path / "c" / "step_100").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"'step_100', which is not a checkpoint of this program: .*LOGDIR"):
+        Checkpointer(tmp_path / "c").restore(make_state(), make_replay())
+
+
+def test_a_killed_process_leaves_nothing_behind(two, tmp_path):
+    run = copy_of(two, tmp_path / "c")
+    (run.directory / "tmp-000000009" / "state").mkdir(parents=True)
+    (run.directory / "replay" / "000000006-000000009-aaaaaaaa.npy").write_bytes(b"half")
+    before = segments(two.directory).keys()
+    assert run.restore() == 6
+    assert not list(run.directory.glob("tmp-*"))
+    assert segments(run.directory).keys() == before
+
+
+# Interruptions
+
+
+class Killed(BaseException):
+    """The process is gone: no handler of ours runs."""
+
+
+CALLS = ("rename", "replace", "fsync", "unlink", "rmdir", "mkdir")
+
+
+@contextlib.contextmanager
+def failing(monkeypatch, at, error):
+    """The `at`-th call that changes the disk raises; yields a list that holds its name once it has."""
+    hit, count = [], 0
+    with monkeypatch.context() as patch:
+
+        def fail_in(name, real):
+            def call(*args, **kwargs):
+                nonlocal count
+                count += 1
+                if count == at:
+                    hit.append(name)
+                    raise error
+                return real(*args, **kwargs)
+
+            return call
+
+        for name in CALLS:
+            patch.setattr(os, name, fail_in(name, getattr(os, name)))
+
+        def open_to_write(file, mode="r", *args, **kwargs):
+            return (opening if "w" in mode else builtins_open)(file, mode, *args, **kwargs)
+
+        builtins_open = builtins.open
+        opening = fail_in("open", builtins_open)
+        patch.setattr(checkpoint, "open", open_to_write, raising=False)
+        yield hit
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """A replay that went round and as many checkpoints as are kept: a save deletes both kinds of things."""
+    run = Run(tmp_path_factory.mktemp("full") / "checkpoints", keep=2, capacity=5)
+    for _ in range(4):
+        run.save()
+    return run
+
+
+def test_a_kill_at_any_instant_of_a_save_leaves_the_old_or_the_new(full, tmp_path, monkeypatch):
+    names, found = set(), []
+    for at in range(1, 1000):
+        run = copy_of(full, tmp_path / "c")
+        assert run.restore() == 12
+        step, snapshot = run.advance()
+        with failing(monkeypatch, at, Killed()) as hit, contextlib.suppress(Killed):
+            run.checkpointer.save(step, snapshot)
+        if not hit:
+            break
+        names.update(hit)
+        found.append(run.restore())
+        assert run.save() == found[-1] + 3  # and the run goes on
+        shutil.rmtree(run.directory)
+    assert {"rename", "fsync", "unlink", "mkdir", "open"} <= names
+    assert found == sorted(found)
+    assert set(found) == {12, 15}
+
+
+def test_a_kill_at_any_instant_of_a_restart_leaves_it_as_it_was(two, tmp_path, monkeypatch):
+    for at in range(1, 1000):
+        run = copy_of(two, tmp_path / "c")
+        flip(run.directory / "000000006-0" / "env.bin", 3)
+        for aside in ("unusable-000000001-0-a", "unusable-000000001-0-b"):
+            (run.directory / aside).mkdir()
+        (run.directory / "tmp-000000009" / "state").mkdir(parents=True)
+        with failing(monkeypatch, at, Killed()) as hit, contextlib.suppress(Killed):
+            run.restore()
+        assert run.restore() == 3
+        if not hit:
+            break
+        shutil.rmtree(run.directory)
+    assert at > 5
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_a_save_that_fails_anywhere_harms_nothing_and_can_be_tried_again(full, tmp_path, monkeypatch, code):
+    failed = 0
+    for at in range(1, 1000):
+        run = copy_of(full, tmp_path / "c")
+        run.restore()
+        step, snapshot = run.advance()
+        with failing(monkeypatch, at, OSError(code, os.strerror(code))) as hit:
+            try:
+                run.checkpointer.save(step, snapshot)
+            except OSError as error:
+                failed += os.strerror(code) in str(error)
+        if not hit:
+            break
+        if at % 3 == 0:  # a restart instead
+            assert run.restore() in (12, 15)
+            shutil.rmtree(run.directory)
+            continue
+        run.checkpointer.save(step, snapshot)
+        assert run.restore() == 15
+        assert not list(run.directory.glob("tmp-*"))
+        shutil.rmtree(run.directory)
+    assert failed > 10
+
+
+def test_a_vanished_directory_is_made_again_with_the_whole_replay(tmp_path):
+    run = Run(tmp_path / "run" / "c")
+    run.save()
+    shutil.rmtree(tmp_path / "run")
+    run.save()
+    assert run.restore() == 6
+    shutil.rmtree(run.directory / "replay")
+    run.save()
+    assert run.restore() == 9
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's loops end roughly
+def test_a_full_file_system_harms_nothing(tmp_path):
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(tmp_path)], capture_output=True
+    )
+    if done.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {done.stderr.decode().strip()}")
+    try:
+        run = Run(tmp_path / "c")
+        run.save()
+        ballast, one = tmp_path / "ballast", shutil.disk_usage(tmp_path).used
+        for share in (0, 0.2, 0.4, 0.6, 0.8):  # of the space that a checkpoint takes is free
+            ballast.write_bytes(bytes(shutil.disk_usage(tmp_path).free - int(share * one)))
+            step, snapshot = run.advance(1)
+            with pytest.raises(OSError, match="No space left on device"):
+                run.checkpointer.save(step, snapshot)
+            ballast.unlink()
+            assert not list(run.directory.glob("tmp-*"))
+            assert len(segments(run.directory)) == 1
+            fresh = Checkpointer(run.directory).load_state(make_state())
+            assert_same(fresh[0], run.saved[3][0])
+        run.checkpointer.save(step, snapshot)
+        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path)], check=True)
+        last, snapshot = run.advance(1)
+        with pytest.raises(OSError, match="Read-only file system"):
+            run.checkpointer.save(last, snapshot)
+        assert run.restore() == step
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+# In the background
+
+
+def test_training_goes_on_while_a_save_is_written(tmp_path):
+    run = Run(tmp_path / "c")
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def change_in_place(tree):
+        return jax.tree.map(lambda x: ~x if x.dtype == bool else x + 1, tree)
+
+    for _ in range(3):
+        step, snapshot = run.advance()
+        state = jax.tree.map(jnp.copy, snapshot.state)
+        run.checkpointer.save(step, dataclasses.replace(snapshot, state=state), wait=False)
+        change_in_place(state)
+        run.replay = push(run.replay, 1)  # donates the arrays that were saved
+    run.checkpointer.wait()
+    run.checkpointer.wait()
+    assert run.restore() == step
+
+
+def test_a_failure_in_the_background_is_told_once(tmp_path, monkeypatch, caplog):
+    run = Run(tmp_path / "c")
+    run.save()
+
+    def fail(step, snapshot):
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "_write_checkpoint", full)
+            run.checkpointer.save(step, snapshot, wait=False)
+            with contextlib.suppress(OSError):
+                run.checkpointer._writing.result()
+
+    step, snapshot = run.advance()
+    fail(step, snapshot)
+    with pytest.raises(OSError, match="No space"):
+        run.checkpointer.wait()
+    fail(step, snapshot)
+    assert not caplog.records
+    run.checkpointer.save(step, snapshot)
+    (record,) = caplog.records
+    assert "No space" in record.getMessage()
+    assert run.restore() == step

@@ -1,0 +1,90 @@
+"""Catch: a tiny game from pixels that a working agent learns in minutes (Osband et al. 2020, bsuite)."""
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from twister_jax.envs.base import EnvSpec, Episode
+from twister_jax.envs.single import SingleStep
+
+ROWS = 10
+COLUMNS = 5
+IMAGE_SIZE = 64
+
+# Red, green, blue, luminance.
+BACKGROUND = (16, 16, 28, 17)
+BALL = (250, 220, 60, 211)
+PADDLE = (60, 140, 250, 129)
+
+
+class CatchEnv:
+    """A ball falls one row per step; the paddle on the bottom row should be where it lands.
+
+    The ball starts in a random column of the top row, the paddle in the middle. After `ROWS - 1` steps the
+    episode ends with reward 1 if the paddle is under the ball and -1 if not; every other reward is 0.
+
+    Args:
+      seed: decides the columns.
+      grayscale: one channel in place of RGB.
+    """
+
+    def __init__(self, seed: int, *, grayscale: bool = False):
+        self._rng = np.random.default_rng(seed)
+        self._channels = slice(3, 4) if grayscale else slice(0, 3)
+        self._row = ROWS - 1  # a game that has ended, so that the first step resets
+        self._ball = 0
+        self._paddle = 0
+        self.spec = EnvSpec(
+            image_shape=(IMAGE_SIZE, IMAGE_SIZE, 1 if grayscale else 3),
+            num_actions=3,
+            action_names=("LEFT", "STAY", "RIGHT"),
+        )
+
+    def reset(self) -> SingleStep:
+        """Starts a new game; an unfinished one is not reported."""
+        self._row = 0
+        self._ball = int(self._rng.integers(COLUMNS))
+        self._paddle = COLUMNS // 2
+        return SingleStep(self._image(), 0.0, False, True, None)
+
+    def step(self, action: int) -> SingleStep:
+        """Moves paddle and ball, or starts a new game where the last one had ended.
+
+        Args:
+          action: index into `spec.action_names`.
+        """
+        if self._row == ROWS - 1:
+            return self.reset()
+        self._row += 1
+        self._paddle = min(max(self._paddle + action - 1, 0), COLUMNS - 1)
+        if self._row < ROWS - 1:
+            return SingleStep(self._image(), 0.0, False, False, None)
+        reward = 1.0 if self._paddle == self._ball else -1.0
+        episode = Episode(env=0, score=reward, length=ROWS - 1, truncated=False)
+        return SingleStep(self._image(), reward, True, False, episode)
+
+    def get_state(self) -> dict[str, Any]:
+        """Everything that decides what happens next, as JSON can hold it."""
+        return {
+            "rng": self._rng.bit_generator.state,
+            "row": self._row,
+            "ball": self._ball,
+            "paddle": self._paddle,
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from what `get_state` returned."""
+        self._rng.bit_generator.state = state["rng"]
+        self._row = state["row"]
+        self._ball = state["ball"]
+        self._paddle = state["paddle"]
+
+    def _image(self) -> UInt8[np.ndarray, "64 64 channel"]:
+        cells = np.empty((ROWS, COLUMNS, 4), np.uint8)
+        cells[:] = BACKGROUND
+        cells[-1, self._paddle] = PADDLE
+        cells[self._row, self._ball] = BALL  # over the paddle: a caught ball is seen
+        pixels = np.arange(IMAGE_SIZE)
+        rows, columns = pixels * ROWS // IMAGE_SIZE, pixels * COLUMNS // IMAGE_SIZE
+        return cells[rows[:, None], columns, self._channels]

@@ -1,0 +1,51 @@
+"""A short look at a throwaway environment, before a run trusts its kind."""
+
+import numpy as np
+
+from twister_jax.envs.single import SingleEnv, SingleStep
+
+_STEPS = 64
+
+
+def probe(env: SingleEnv, name: str) -> None:
+    """Plays some steps, across an episode's end if there is one, and checks what every run relies on.
+
+    Raises:
+      RuntimeError: images of another kind than the specification says, all images blank, or resets that
+        are not steps of their own. The message says which.
+    """
+    step = env.reset()
+    _require(step.is_first, name, "reset() did not return a reset step")
+    seen = False
+    ended = False
+    for count in range(_STEPS):
+        _check(step, env, name)
+        # Some games show nothing for their first frames, so one picture among many is enough.
+        seen = seen or step.image.min() < step.image.max()
+        was_end = (step.terminal or step.episode is not None) and not step.is_first
+        step = env.step(count % env.spec.num_actions)
+        if was_end:
+            ended = True
+            _require(step.is_first, name, "the step after an episode's end is not a reset step")
+        elif not ended:
+            _require(not step.is_first, name, "a reset step came before the episode had ended")
+    _require(seen, name, f"the first {_STEPS} images are blank")
+
+
+def _check(step: SingleStep, env: SingleEnv, name: str) -> None:
+    shape, dtype = step.image.shape, step.image.dtype
+    expected = env.spec.image_shape
+    _require(
+        shape == expected and dtype == np.uint8,
+        name,
+        f"images are {dtype} of shape {shape}, not uint8 of shape {expected}",
+    )
+    _require(np.isfinite(step.reward), name, f"a reward is {step.reward}")
+    if step.is_first:
+        _require(step.reward == 0, name, f"a reset step has reward {step.reward}")
+        _require(not step.terminal, name, "a reset step is terminal")
+
+
+def _require(condition: bool | np.bool_, name: str, problem: str) -> None:
+    if not condition:
+        raise RuntimeError(f"{name} does not behave as an environment should: {problem}")
