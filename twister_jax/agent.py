@@ -112,7 +112,9 @@ class Agent:
     init: Callable[[PRNGKeyArray], State]
     init_carry: Callable[[State, int], Carry]
     act: Callable[[State, Carry, Observation, PRNGKeyArray], tuple[Float[Array, "env action"], Carry]]
-    act_evaluate: Callable[[State, Carry, Observation, PRNGKeyArray], tuple[Float[Array, "env action"], Carry]]
+    act_evaluate: Callable[
+        [State, Carry, Observation, PRNGKeyArray], tuple[Float[Array, "env action"], Carry]
+    ]
     update: Callable[[State, Any, PRNGKeyArray], tuple[State, Any, Metrics]]
     report: Callable[[State, Any, PRNGKeyArray], dict[str, UInt8[Array, "height width 3"]]]
     loss_names: tuple[str, ...]

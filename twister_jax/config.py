@@ -207,10 +207,13 @@ class TwmModelConfig:
     hidden_size: int = 256
     """Width of the transformer."""
     transformer_layers: int = 10
+    """Transformer layers."""
     attention_heads: int = 4
+    """Attention heads of a layer."""
     head_size: int = 64
     """Width of each attention head."""
     feedforward_size: int = 1024
+    """Width between the two halves of a feed-forward layer."""
     memory_steps: int = 16
     """Earlier steps that an action token sees, besides its own."""
     dropout: float = 0.1
@@ -218,10 +221,13 @@ class TwmModelConfig:
     latent_head: tuple[int, ...] = (512, 512, 512, 512)
     """Hidden widths of the head that predicts the next latent."""
     reward_head: tuple[int, ...] = (256, 256, 256, 256)
+    """Hidden widths of the head that predicts the reward."""
     discount_head: tuple[int, ...] = (256, 256, 256, 256)
+    """Hidden widths of the head that predicts the discount."""
     actor: tuple[int, ...] = (512, 512, 512, 512)
     """Hidden widths of the policy, which reads the latent alone."""
     critic: tuple[int, ...] = (512, 512, 512, 512)
+    """Hidden widths of the value, which reads the latent alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,31 +235,43 @@ class TwmConfig:
     """TWM: everything that one update depends on."""
 
     batch_size: int = 100
+    """Replayed windows in one update."""
     batch_length: int = 16
     """Steps of a replayed window; one step of context before and one frame after come on top."""
     imagination_batch: int = 400
     """Imagined rollouts per update."""
     imagination_horizon: int = 15
+    """Steps of an imagined rollout."""
     restart_frames: int = 256
     """Replay frames encoded per update for rollouts to restart from; more restarts reuse them in turn."""
     sampling_temperature: float = 20.0
     """Balanced replay: a window drawn v times before has weight exp(-v / temperature)."""
     model: TwmModelConfig = TwmModelConfig()
+    """Sizes of the networks."""
 
     decoder_scale: float = 1.0
+    """Weight of the reconstruction's negative log-likelihood."""
     entropy_scale: float = 5.0
+    """Weight of the latent's entropy loss."""
     entropy_threshold: float = 0.1
     """Share of the largest possible latent entropy below which the entropy loss sets in."""
     consistency_scale: float = 0.01
+    """Weight of the pull of the latent to the dynamics model's prediction."""
     latent_scale: float = 1.0
+    """Weight of the prediction of the next latent."""
     reward_scale: float = 10.0
+    """Weight of the prediction of the reward."""
     discount_scale: float = 50.0
+    """Weight of the prediction of the discount."""
 
     discount: float = 0.99
+    """Discount of a step that ends nothing; the label that the discount head learns."""
     gae_lambda: float = 0.95
+    """Lambda of the generalised advantage estimates."""
     restart_threshold: float = 0.1
     """A rollout whose cumulative discount falls under this is cut and restarts."""
     actor_entropy_scale: float = 0.01
+    """Weight of the policy's entropy loss."""
     actor_entropy_threshold: float = 0.1
     """Share of the largest possible policy entropy below which the entropy loss sets in."""
 
@@ -269,13 +287,28 @@ class TwmConfig:
     actor_optimizer: OptimizerConfig = OptimizerConfig(1e-4, 1e-5, 1.0, 1e-6)
     critic_optimizer: OptimizerConfig = OptimizerConfig(1e-5, 1e-5, 1.0, 1e-6)
 
+    @property
+    def min_replay_steps(self) -> int:
+        """Stored steps of a stream that always hold enough observations for every draw without replacement.
+
+        At least every other stored step is an observation: an episode has one more frame than actions.
+        """
+        observations = [self.batch_size + self.batch_length + 1, self.restart_frames]
+        if self.pretrain_observation_samples:
+            observations.append(self.batch_size * self.batch_length)
+        if self.pretrain_behavior_samples:
+            observations.append(self.imagination_batch + self.imagination_horizon)
+        return 2 * max(observations) + 2
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """A whole run."""
 
     game: str = "Breakout"
-    """Atari game, or Catch."""
+    """A game of Atari 100k (Alien, Amidar, Assault, Asterix, BankHeist, BattleZone, Boxing, Breakout,
+    ChopperCommand, CrazyClimber, DemonAttack, Freeway, Frostbite, Gopher, Hero, Jamesbond, Kangaroo, Krull,
+    KungFuMaster, MsPacman, Pong, PrivateEye, Qbert, RoadRunner, Seaquest, UpNDown), or Catch."""
     agent: AgentName = "twister"
     """Which algorithm learns."""
     preset: PresetName = "paper"
@@ -295,6 +328,10 @@ class Config:
 
 
 # ---------------------------------------------------------------------------------------------- presets
+
+_TWM_ENV = EnvConfig(grayscale=True, life_loss_ends_episode=True, fire_start=True)
+_TWM_EVALUATION = EvaluationConfig(noop_max=0, sample_actions=True)
+_TWM_UPDATES_PER_STEP = 125_000 / 95_000
 
 BASES: dict[tuple[str, str], Config] = {
     ("twister", "paper"): Config(),
@@ -321,6 +358,7 @@ BASES: dict[tuple[str, str], Config] = {
     ),
     ("twister", "debug"): Config(
         preset="debug",
+        env=EnvConfig(time_limit_frames=2_000),
         train=TrainConfig(
             steps=300,
             prefill_steps=64,
@@ -346,6 +384,92 @@ BASES: dict[tuple[str, str], Config] = {
                 contrastive_size=32,
                 num_bins=41,
             ),
+        ),
+    ),
+    ("twm", "paper"): Config(
+        agent="twm",
+        env=_TWM_ENV,
+        train=TrainConfig(prefill_steps=5_000, updates_per_step=_TWM_UPDATES_PER_STEP),
+        replay=ReplayConfig(capacity=100_000),
+        evaluation=_TWM_EVALUATION,
+        algorithm=TwmConfig(),
+    ),
+    ("twm", "cpu"): Config(
+        agent="twm",
+        preset="cpu",
+        env=_TWM_ENV,
+        train=TrainConfig(prefill_steps=1_000, log_every=50, report_every=1_000, checkpoint_every=2_000),
+        replay=ReplayConfig(capacity=100_000),
+        evaluation=_TWM_EVALUATION,
+        algorithm=TwmConfig(
+            batch_size=24,
+            batch_length=12,
+            imagination_batch=64,
+            imagination_horizon=10,
+            restart_frames=64,
+            model=TwmModelConfig(
+                cnn_channels=16,
+                encoder_hidden=(256, 256),
+                stoch_groups=16,
+                stoch_classes=16,
+                hidden_size=128,
+                transformer_layers=3,
+                head_size=32,
+                feedforward_size=512,
+                memory_steps=8,
+                latent_head=(256, 256),
+                reward_head=(128, 128),
+                discount_head=(128, 128),
+                actor=(256, 256),
+                critic=(256, 256),
+            ),
+            pretrain_observation_samples=300_000,
+            pretrain_dynamics_samples=150_000,
+            pretrain_behavior_samples=100_000,
+            observation_optimizer=OptimizerConfig(3e-4, 1e-5, 100.0, 1e-6),
+            dynamics_optimizer=OptimizerConfig(3e-4, 1e-5, 100.0, 1e-6),
+        ),
+    ),
+    ("twm", "debug"): Config(
+        agent="twm",
+        preset="debug",
+        env=dataclasses.replace(_TWM_ENV, time_limit_frames=2_000),
+        train=TrainConfig(
+            steps=300,
+            prefill_steps=100,
+            updates_per_step=0.5,
+            log_every=10,
+            report_every=50,
+            checkpoint_every=100,
+        ),
+        replay=ReplayConfig(capacity=100_000),
+        evaluation=dataclasses.replace(_TWM_EVALUATION, episodes=2, num_envs=2),
+        algorithm=TwmConfig(
+            batch_size=4,
+            batch_length=4,
+            imagination_batch=6,
+            imagination_horizon=4,
+            restart_frames=8,
+            model=TwmModelConfig(
+                cnn_channels=4,
+                encoder_hidden=(32,),
+                stoch_groups=4,
+                stoch_classes=8,
+                hidden_size=32,
+                transformer_layers=1,
+                attention_heads=2,
+                head_size=16,
+                feedforward_size=32,
+                memory_steps=4,
+                latent_head=(32,),
+                reward_head=(16,),
+                discount_head=(16,),
+                actor=(32,),
+                critic=(32,),
+            ),
+            pretrain_observation_samples=320,
+            pretrain_dynamics_samples=160,
+            pretrain_behavior_samples=240,
         ),
     ),
 }
@@ -455,6 +579,8 @@ def convert(name: str, value: Any, kind: Any) -> Any:
         raise UserError(f"{name} = {show(value)}: must be one of {', '.join(map(str, choices))}{near}")
     if typing.get_origin(kind) is tuple:
         kinds = typing.get_args(kind)
+        if kinds[-1] is Ellipsis:
+            kinds = kinds[:1] * len(value) if isinstance(value, list | tuple) else kinds[:1]
         if isinstance(value, list | tuple) and len(value) == len(kinds):
             return tuple(convert(name, item, of) for item, of in zip(value, kinds, strict=True))
         raise UserError(f"{name} = {show(value)}: must be {len(kinds)} values")
@@ -533,11 +659,11 @@ Rule = tuple[Callable[[Any], bool], str]
 
 
 def _at_least(low: float) -> Rule:
-    return (lambda value: value >= low, f"must be at least {low:g}")
+    return (lambda value: value >= low, f"must be at least {low}")
 
 
 def _between(low: float, high: float) -> Rule:
-    return (lambda value: low <= value <= high, f"must be between {low:g} and {high:g}")
+    return (lambda value: low <= value <= high, f"must be between {low} and {high}")
 
 
 def _share_below_one() -> Rule:
@@ -545,13 +671,20 @@ def _share_below_one() -> Rule:
 
 
 def _above(low: float) -> Rule:
-    return (lambda value: value > low, f"must be above {low:g}")
+    return (lambda value: value > low, f"must be above {low}")
 
 
 def _ordered(low: float, high: float) -> Rule:
     return (
         lambda pair: low <= pair[0] <= pair[1] <= high,
-        f"must be two increasing numbers between {low:g} and {high:g}",
+        f"must be two increasing numbers between {low} and {high}",
+    )
+
+
+def _widths() -> Rule:
+    return (
+        lambda widths: len(widths) > 0 and min(widths) >= 1,
+        "must be widths of at least 1",
     )
 
 
@@ -610,6 +743,46 @@ _TWISTER_RULES: dict[str, Rule] = {
     "return_quantiles": _ordered(0, 1),
     "return_scale_decay": _share_below_one(),
 }
+_TWM_RULES: dict[str, Rule] = {
+    "batch_size": _at_least(1),
+    "batch_length": _at_least(2),
+    "imagination_batch": _at_least(1),
+    "imagination_horizon": _at_least(1),
+    "restart_frames": _at_least(1),
+    "sampling_temperature": _above(0),
+    "model.frame_stack": _at_least(1),
+    "model.cnn_channels": _at_least(1),
+    "model.encoder_hidden": _widths(),
+    "model.stoch_groups": _at_least(1),
+    "model.stoch_classes": _at_least(2),
+    "model.hidden_size": _at_least(2),
+    "model.transformer_layers": _at_least(1),
+    "model.attention_heads": _at_least(1),
+    "model.head_size": _at_least(1),
+    "model.feedforward_size": _at_least(1),
+    "model.memory_steps": _at_least(1),
+    "model.dropout": _share_below_one(),
+    "model.latent_head": _widths(),
+    "model.reward_head": _widths(),
+    "model.discount_head": _widths(),
+    "model.actor": _widths(),
+    "model.critic": _widths(),
+    "decoder_scale": _at_least(0),
+    "entropy_scale": _at_least(0),
+    "entropy_threshold": _between(0, 1),
+    "consistency_scale": _at_least(0),
+    "latent_scale": _at_least(0),
+    "reward_scale": _at_least(0),
+    "discount_scale": _at_least(0),
+    "discount": _between(0, 1),
+    "gae_lambda": _between(0, 1),
+    "restart_threshold": _share_below_one(),
+    "actor_entropy_scale": _at_least(0),
+    "actor_entropy_threshold": _between(0, 1),
+    "pretrain_observation_samples": _at_least(0),
+    "pretrain_dynamics_samples": _at_least(0),
+    "pretrain_behavior_samples": _at_least(0),
+}
 _OPTIMIZER_RULES: dict[str, Rule] = {
     "learning_rate": _above(0),
     "epsilon": _above(0),
@@ -644,7 +817,7 @@ def _problems(config: Config) -> Iterator[str]:
     yield from bad
     if bad:
         return  # what follows compares fields, and would only repeat it
-    train, envs = config.train, config.env.num_envs
+    train = config.train
     if train.prefill_steps >= train.steps:
         yield (
             f"train.steps = {train.steps}: must exceed train.prefill_steps = {train.prefill_steps}, "
@@ -655,19 +828,30 @@ def _problems(config: Config) -> Iterator[str]:
     elif isinstance(config.algorithm, TwisterConfig):
         yield from _twister_problems(config.algorithm)
         needed = config.algorithm.batch_length
-        if train.prefill_steps < needed * envs:
-            yield (
-                f"train.prefill_steps = {train.prefill_steps}: must be at least {needed * envs}, for a window of "
-                f"algorithm.batch_length = {needed} steps from each of env.num_envs = {envs}"
-            )
-        if config.replay.capacity < needed * envs:
-            yield f"replay.capacity = {config.replay.capacity}: must be at least {needed * envs}, as above"
+        why = f"a window of algorithm.batch_length = {needed} steps"
+        yield from _too_few_steps(config, needed, why)
+    else:
+        yield from _twm_problems(config)
+
+
+def _too_few_steps(config: Config, needed: int, why: str) -> Iterator[str]:
+    """Complaints where the prefill or the replay does not give every stream `needed` steps."""
+    envs = config.env.num_envs
+    from_each = f"{why} from each of env.num_envs = {envs}" if envs > 1 else why
+    for name, value in (
+        ("train.prefill_steps", config.train.prefill_steps),
+        ("replay.capacity", config.replay.capacity),
+    ):
+        if value < needed * envs:
+            yield f"{name} = {value}: must be at least {needed * envs}, for {from_each}"
 
 
 def _rules_for(config: Config) -> dict[str, Rule]:
     rules = dict(_RULES)
     if isinstance(config.algorithm, TwisterConfig):
         rules |= {f"algorithm.{name}": rule for name, rule in _TWISTER_RULES.items()}
+    else:
+        rules |= {f"algorithm.{name}": rule for name, rule in _TWM_RULES.items()}
     for field in dataclasses.fields(config.algorithm):
         if isinstance(getattr(config.algorithm, field.name), OptimizerConfig):
             rules |= {f"algorithm.{field.name}.{name}": rule for name, rule in _OPTIMIZER_RULES.items()}
@@ -690,3 +874,19 @@ def _twister_problems(algorithm: TwisterConfig) -> Iterator[str]:
             f"algorithm.batch_length = {algorithm.batch_length}: must exceed "
             f"algorithm.model.contrastive_steps = {model.contrastive_steps}"
         )
+
+
+def _twm_problems(config: Config) -> Iterator[str]:
+    algorithm = config.algorithm
+    assert isinstance(algorithm, TwmConfig)
+    if not config.env.grayscale:
+        yield "env.grayscale = False: TWM stacks grey frames; it must be True"
+    if algorithm.model.hidden_size % 2:
+        yield (
+            f"algorithm.model.hidden_size = {algorithm.model.hidden_size}: must be even, for sines and "
+            f"cosines of positions"
+        )
+    length = algorithm.batch_length
+    yield from _too_few_steps(
+        config, length + 2, f"a window of algorithm.batch_length = {length} steps and two"
+    )

@@ -2,4 +2,6 @@
 
 
 class UserError(Exception):
-    """Something the user can mend: the command line prints it as one line and exits with 2."""
+    """Something the user can mend: the command line prints it as one line and ends with `exit_code`."""
+
+    exit_code = 2

@@ -34,7 +34,7 @@ def apply_gradients(
     Returns:
       parameters, optimiser state, and the gradient's global norm before clipping.
     """
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     updates, new_state = make_optimizer(config).update(gradients, optimizer_state, params)
     sound = losses_sound & jnp.isfinite(norm)
     new = guard(sound, (optax.apply_updates(params, updates), new_state), (params, optimizer_state))

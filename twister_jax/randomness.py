@@ -1,4 +1,4 @@
-"""Random keys folded from (seed, purpose, step), so that a restart draws what an undisturbed run would have."""
+"""Random keys folded from (seed, purpose, step): a restart draws what an undisturbed run would have."""
 
 import enum
 from functools import partial

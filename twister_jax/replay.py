@@ -81,13 +81,25 @@ def insert(replay: Replay, step: Transition) -> Replay:
     )
 
 
-def gather(replay: Replay, stream: Int[Array, " batch"], start: Int[Array, " batch"], length: int) -> Transition:
+def slot_of(replay: Replay, step: Int[Array, "*batch"]) -> Int[Array, "*batch"]:
+    """Where a step lies that is counted from the oldest one held."""
+    oldest = jnp.where(replay.inserted > replay.capacity, replay.inserted % replay.capacity, 0)
+    return (oldest + step) % replay.capacity
+
+
+def in_order(replay: Replay, rows: Array) -> Array:
+    """`rows` [stream, capacity, ...] of the store, from the oldest step on; what is not held comes last."""
+    return jnp.roll(rows, -slot_of(replay, jnp.zeros((), jnp.int32)), axis=1)
+
+
+def gather(
+    replay: Replay, stream: Int[Array, " batch"], start: Int[Array, " batch"], length: int
+) -> Transition:
     """Windows of `length` consecutive steps; `start` counts from the oldest step a stream holds.
 
     Returns leaves shaped [batch, length, ...].
     """
-    oldest = jnp.where(replay.inserted > replay.capacity, replay.inserted % replay.capacity, 0)
-    slots = (oldest + start[:, None] + jnp.arange(length)) % replay.capacity
+    slots = slot_of(replay, start[:, None] + jnp.arange(length))
     index = (stream[:, None], slots)
     return Transition(
         image=replay.frames[index].reshape(*slots.shape, *replay.image_shape),
@@ -108,3 +120,43 @@ def sample(replay: Replay, key: PRNGKeyArray, batch_size: int, length: int) -> T
     stream = jax.random.randint(key_stream, (batch_size,), 0, replay.frames.shape[0])
     start = jax.random.randint(key_start, (batch_size,), 0, replay.size - length + 1)
     return gather(replay, stream, start, length)
+
+
+def draw_uniform(
+    key: PRNGKeyArray, count: int, allowed: Bool[Array, "stream capacity"]
+) -> tuple[Int[Array, " count"], Int[Array, " count"]]:
+    """Streams and steps of `count` different allowed steps, all equally likely; at least so many must be."""
+    return _draw(key, count, jnp.where(allowed, 0.0, -jnp.inf))
+
+
+def draw_balanced(
+    replay: Replay, key: PRNGKeyArray, count: int, allowed: Bool[Array, "stream capacity"], temperature: float
+) -> tuple[Int[Array, " count"], Int[Array, " count"], Replay]:
+    """Draws steps without replacement with probabilities softmax(−visits / temperature), and counts them.
+
+    Robine et al. 2023, section 3.1: steps that came in late were drawn less often, and catch up.
+
+    Args:
+      replay: the store, whose `visits` say how often each step was drawn before.
+      key: of the draw.
+      count: how many to draw; at least so many must be allowed.
+      allowed: steps that may be drawn, counted from the oldest.
+      temperature: in visits; the smaller, the more evenly steps are visited.
+
+    Returns:
+      streams, steps counted from the oldest, and the store with its visits counted.
+    """
+    chex.assert_equal_shape([allowed, replay.visits])
+    logits = -in_order(replay, replay.visits) / temperature
+    stream, step = _draw(key, count, jnp.where(allowed, logits, -jnp.inf))
+    visits = replay.visits.at[stream, slot_of(replay, step)].add(1)
+    return stream, step, replay.replace(visits=visits)
+
+
+def _draw(
+    key: PRNGKeyArray, count: int, logits: Float[Array, "stream capacity"]
+) -> tuple[Int[Array, " count"], Int[Array, " count"]]:
+    """Sampling without replacement: the largest logits after Gumbel noise (Kool et al. 2019)."""
+    noisy = logits + jax.random.gumbel(key, logits.shape)
+    _, place = jax.lax.top_k(noisy.reshape(-1), count)
+    return jnp.divmod(place, logits.shape[1])

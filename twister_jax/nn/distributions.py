@@ -69,7 +69,7 @@ class OneHot:
         return jax.nn.one_hot(jnp.argmax(self.logits, -1), self.logits.shape[-1], dtype=self.logits.dtype)
 
     def log_prob(self, sample: Float[Array, "*batch classes"]) -> Float[Array, "*batch"]:
-        """ln p(sample) of one-hot samples."""
+        """Ln p(sample) of one-hot samples."""
         chex.assert_equal_shape([sample, self.logits])
         return jnp.sum(sample * self.logits, -1)
 
@@ -106,7 +106,7 @@ class BoundedNormal:
         return self.mean
 
     def log_prob(self, sample: Float[Array, "*batch action"]) -> Float[Array, "*batch"]:
-        """ln p(sample), summed over action dimensions."""
+        """Ln p(sample), summed over action dimensions."""
         chex.assert_equal_shape([sample, self.mean])
         standard = (sample - self.mean) / self.std
         return jnp.sum(-0.5 * standard**2 - jnp.log(self.std) - 0.5 * jnp.log(2 * jnp.pi), -1)
@@ -127,7 +127,7 @@ class SymlogTwoHot:
         return jnp.linspace(-20.0, 20.0, self.logits.shape[-1], dtype=jnp.float32)
 
     def mean(self) -> Float[Array, "*batch"]:
-        """symexp of the expected bin."""
+        """Symexp of the expected bin."""
         return symexp(jnp.sum(jax.nn.softmax(self.logits) * self._bins, -1))
 
     def log_prob(self, target: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
@@ -147,7 +147,7 @@ class Bernoulli:
     logit: Float[Array, "*batch"]
 
     def log_prob(self, target: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-        """ln p(target), target in [0, 1]."""
+        """Ln p(target), target in [0, 1]."""
         chex.assert_equal_shape([target, self.logit])
         return -(jax.nn.softplus(self.logit) - target * self.logit)
 

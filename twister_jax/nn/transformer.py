@@ -13,7 +13,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from twister_jax.nn.layers import layer_norm, pytorch_linear
 
-KeysValues = tuple[tuple[Float[Array, "batch time hidden"], ...], tuple[Float[Array, "batch time hidden"], ...]]
+KeysValues = tuple[
+    tuple[Float[Array, "batch time hidden"], ...], tuple[Float[Array, "batch time hidden"], ...]
+]
 """Keys and values that every block computed over a training window."""
 
 
@@ -211,9 +213,9 @@ class Transformer(nnx.Module):
     ) -> Ring:
         """A ring for every position of a training pass, holding it and the context − 1 positions before.
 
-        The published asymmetry of imagination is kept (ALGORITHMS.md, sequence rules): a key p is visible from
-        start t only if no position in p…t is first, so a reset position's own key is hidden. Sequences are the
-        batch · time positions, batch-major; their next position is `context`.
+        The published asymmetry of imagination is kept: a key p is visible from start t only if no position in
+        p…t is first, so a reset position's own key is hidden, while the training pass lets later positions
+        see it. Sequences are the batch · time positions, batch-major; their next position is `context`.
         """
         context = self.context
         batch, length = is_first.shape
@@ -226,9 +228,9 @@ class Transformer(nnx.Module):
         # Key p = t − n is visible when the newest first step at or before t lies before p.
         steps = jnp.arange(length)
         newest_first = jax.lax.cummax(jnp.where(is_first, steps, -1), axis=1)
-        slots = [
-            (steps - n >= 0) & (steps - n > newest_first) for n in range(context - 1, -1, -1)
-        ] + [jnp.zeros((batch, length), bool)]
+        slots = [(steps - n >= 0) & (steps - n > newest_first) for n in range(context - 1, -1, -1)] + [
+            jnp.zeros((batch, length), bool)
+        ]
         return Ring(
             keys=tuple(map(windows, cache[0])),
             values=tuple(map(windows, cache[1])),

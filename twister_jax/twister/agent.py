@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, struct
+from flax import struct
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from twister_jax import replay as replay_store
@@ -13,6 +14,7 @@ from twister_jax.agent import Agent, Health, Metrics, Observation, compute_dtype
 from twister_jax.config import Config, TwisterConfig
 from twister_jax.envs.base import EnvSpec
 from twister_jax.nn.distributions import KeySampler
+from twister_jax.nn.networks import Networks, Params
 from twister_jax.nn.transformer import Ring
 from twister_jax.optimizer import apply_gradients, make_optimizer
 from twister_jax.replay import Replay
@@ -35,8 +37,6 @@ from twister_jax.twister.world_model import (
     to_float,
     world_model_loss,
 )
-
-Params = Any
 
 
 @struct.dataclass
@@ -64,41 +64,25 @@ class TwisterCarry:
     action: Float[Array, "env action"]
 
 
-class Networks:
-    """The structure of TWISTER's networks; `merge` gives them parameters."""
-
-    def __init__(self, config: TwisterConfig, spec: EnvSpec, dtype: jnp.dtype):
-        self._makers = {
+def make_networks(config: TwisterConfig, spec: EnvSpec, dtype: DTypeLike) -> Networks:
+    """TWISTER's three networks."""
+    return Networks(
+        {
             "world_model": partial(WorldModel, config.model, spec, dtype=dtype),
             "actor": partial(Actor, config.model, spec, dtype=dtype),
             "critic": partial(Critic, config.model, dtype=dtype),
         }
-        self._structures = {
-            name: nnx.split(nnx.eval_shape(lambda make=make: make(rngs=nnx.Rngs(0))))[0]
-            for name, make in self._makers.items()
-        }
-
-    def init(self, name: str, key: PRNGKeyArray) -> Params:
-        """Fresh parameters, a nested dictionary."""
-        return nnx.to_pure_dict(nnx.split(self._makers[name](rngs=nnx.Rngs(key)))[1])
-
-    def merge(self, name: str, params: Params) -> Any:
-        """The network with these parameters."""
-        return nnx.merge(self._structures[name], params)
+    )
 
 
 def make_agent(config: Config, spec: EnvSpec) -> Agent:
     """TWISTER for one environment."""
     algorithm = config.algorithm
-    networks = Networks(algorithm, spec, compute_dtype(config.precision))
+    networks = make_networks(algorithm, spec, compute_dtype(config.precision))
     world_model_losses = tuple(loss_scales(algorithm))
 
     def init(key: PRNGKeyArray) -> TwisterState:
-        keys = jax.random.split(key, 3)
-        params = {
-            name: networks.init(name, k)
-            for name, k in zip(("world_model", "actor", "critic"), keys, strict=True)
-        }
+        params = networks.init(key)
         return TwisterState(
             **params,
             slow_critic=jax.tree.map(jnp.copy, params["critic"]),
@@ -155,9 +139,7 @@ def make_agent(config: Config, spec: EnvSpec) -> Agent:
         # 2. Train the world model.
         def loss_of_world_model(params: Params):
             model = networks.merge("world_model", params)
-            return world_model_loss(
-                model, windows, algorithm, KeySampler(key_draw), augmented, key_dropout
-            )
+            return world_model_loss(model, windows, algorithm, KeySampler(key_draw), augmented, key_dropout)
 
         gradients, out = jax.grad(loss_of_world_model, has_aux=True)(state.world_model)
         bad = ~jnp.isfinite(jnp.stack([out.losses[name] for name in world_model_losses]))

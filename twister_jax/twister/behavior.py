@@ -164,9 +164,7 @@ class ReturnScale:
     def update(self, returns: Array, quantiles: tuple[float, float], decay: float) -> "ReturnScale":
         """One step of the moving averages."""
         low, high = jnp.quantile(returns, jnp.asarray(quantiles))
-        return ReturnScale(
-            decay * self.low + (1.0 - decay) * low, decay * self.high + (1.0 - decay) * high
-        )
+        return ReturnScale(decay * self.low + (1.0 - decay) * low, decay * self.high + (1.0 - decay) * high)
 
     @property
     def scale(self) -> Float[Array, ""]:

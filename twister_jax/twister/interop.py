@@ -18,7 +18,8 @@ from twister_jax.twister.world_model import IMAGE_SIZE
 
 Tree = dict[Any, Any]
 Path = tuple[str | int, ...]
-GROUPS = {"world_model": "", "actor": "policy_network.", "critic": "value_network.", "slow_critic": "v_target."}
+HEADS = {"actor": "policy_network", "critic": "value_network", "slow_critic": "v_target"}
+"""Published names of the networks that are one head each."""
 
 
 class Rule(NamedTuple):
@@ -175,7 +176,9 @@ def _read_contrastive(weights: dict[str, np.ndarray], config: TwisterModelConfig
     inputs = config.stoch_groups * config.stoch_classes + config.hidden_size
     tree: Tree = {}
     for name, ours, read in _STACKED:
-        _put(tree, (ours,), np.stack([read(weights[f"contrastive_network.{k}.{name}"]) for k in range(steps)]))
+        _put(
+            tree, (ours,), np.stack([read(weights[f"contrastive_network.{k}.{name}"]) for k in range(steps)])
+        )
     first = [weights[f"contrastive_network.{k}.mlp_feats.layers.0.0.weight"].T for k in range(steps)]
     action_kernel = np.zeros((steps, steps - 1, actions, size), np.float32)
     for k, kernel in enumerate(first):
@@ -197,7 +200,9 @@ def _write_contrastive(tree: Tree, config: TwisterModelConfig) -> dict[str, np.n
     return published
 
 
-def load_published(weights: dict[str, np.ndarray], config: TwisterModelConfig, spec: EnvSpec) -> dict[str, Tree]:
+def load_published(
+    weights: dict[str, np.ndarray], config: TwisterModelConfig, spec: EnvSpec
+) -> dict[str, Tree]:
     """Parameters of world model, actor, critic and slow critic from published weights.
 
     Args:
@@ -216,9 +221,9 @@ def load_published(weights: dict[str, np.ndarray], config: TwisterModelConfig, s
         for rule in world_model_rules(config):
             _put(groups["world_model"], rule.path, rule.read(np.asarray(weights[rule.name])))
         groups["world_model"]["contrastive"] = _read_contrastive(weights, config, spec.num_actions)
-        for group, prefix in list(GROUPS.items())[1:]:
+        for group, name in HEADS.items():
             groups[group] = {}
-            for rule in _head(prefix[:-1], ("head",)):
+            for rule in _head(name, ("head",)):
                 _put(groups[group], rule.path, rule.read(np.asarray(weights[rule.name])))
     except KeyError as error:
         raise UserError(f"the published weights lack {error}: are they TWISTER's?") from None
@@ -232,5 +237,5 @@ def to_published(group: str, tree: Tree, config: TwisterModelConfig) -> dict[str
     if group == "world_model":
         published = {rule.name: rule.write(_get(tree, rule.path)) for rule in world_model_rules(config)}
         return published | _write_contrastive(tree["contrastive"], config)
-    rules = _head(GROUPS[group][:-1], ("head",))
+    rules = _head(HEADS[group], ("head",))
     return {rule.name: rule.write(_get(tree, rule.path)) for rule in rules}

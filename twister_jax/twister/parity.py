@@ -11,7 +11,7 @@ from twister_jax.config import TwisterConfig, TwisterModelConfig
 from twister_jax.envs.base import EnvSpec
 from twister_jax.nn.distributions import GivenSampler
 from twister_jax.parity import LOSS_TOLERANCE, Fixture, Row, gradient_rows, relative_error
-from twister_jax.twister.agent import Networks
+from twister_jax.twister.agent import make_networks
 from twister_jax.twister.augment import crop_and_resize
 from twister_jax.twister.behavior import (
     ReturnScale,
@@ -59,7 +59,7 @@ def compare(sizes: dict[str, Any], fixture: Fixture) -> list[Row]:
     """Every loss, listed output and gradient of the fixture."""
     config = config_of(sizes)
     spec = EnvSpec(image_shape=(64, 64, 3), num_actions=sizes["num_actions"])
-    networks = Networks(config, spec, jnp.dtype(jnp.float32))
+    networks = make_networks(config, spec, jnp.dtype(jnp.float32))
     weights = {
         name.removeprefix("param/"): value.astype(np.float32)
         for name, value in fixture.items()
@@ -111,7 +111,9 @@ def compare(sizes: dict[str, Any], fixture: Fixture) -> list[Row]:
     (total, (out, logits, initial)), gradients = train_world_model(params["world_model"])
     agree("out/wm/total_loss", total)
     scales = loss_scales(config)
-    names = LOSS_NAMES | {f"model_contrastive_{k}": f"contrastive_{k}" for k in range(config.model.contrastive_steps)}
+    names = LOSS_NAMES | {
+        f"model_contrastive_{k}": f"contrastive_{k}" for k in range(config.model.contrastive_steps)
+    }
     for theirs, ours in names.items():
         agree(f"out/wm/loss/{theirs}", out.losses[ours])
         agree(f"out/wm/weight/{theirs}", scales[ours])
@@ -158,7 +160,7 @@ def compare(sizes: dict[str, Any], fixture: Fixture) -> list[Row]:
             return actor_loss(policy, trajectory.action, targets, config)[0]
 
         actor_value, actor_gradients = jax.value_and_grad(loss_of_actor)(params["actor"])
-        # As published: the first latent's logits are the posterior's, and the first continue is predicted too.
+        # As published: the logits of the first latent are the posterior's, and its continue is predicted.
         prior_logits = model.prior_logits(trajectory.deter[1:])
         start_logits = post_logits.reshape(1, *prior_logits.shape[1:])
         imagined = {

@@ -4,6 +4,7 @@ z_t, the latent, is read from the image alone; h_t, the deterministic state, is 
 earlier latents and actions; the prior ẑ_t is predicted from h_t. Everything downstream reads (z, h).
 """
 
+import itertools
 from typing import NamedTuple
 
 import chex
@@ -26,7 +27,9 @@ from twister_jax.twister.contrastive import ContrastiveHeads, info_nce, step_wei
 IMAGE_SIZE = 64
 
 
-def to_float(images: UInt8[Array, "*batch height width channel"]) -> Float[Array, "*batch height width channel"]:
+def to_float(
+    images: UInt8[Array, "*batch height width channel"],
+) -> Float[Array, "*batch height width channel"]:
     """uint8/255 − 0.5."""
     return images.astype(jnp.float32) / 255.0 - 0.5
 
@@ -39,7 +42,7 @@ class Encoder(nnx.Module):
         self.latent = (config.stoch_groups, config.stoch_classes)
         widths = [channels_in] + [config.cnn_channels * 2**i for i in range(4)]
         self.kernels = nnx.List(
-            [nnx.Param(trunk_init(rngs.params(), (4, 4, a, b))) for a, b in zip(widths, widths[1:], strict=False)]
+            [nnx.Param(trunk_init(rngs.params(), (4, 4, a, b))) for a, b in itertools.pairwise(widths)]
         )
         self.norms = nnx.List([layer_norm(width, 1e-3, dtype=dtype, rngs=rngs) for width in widths[1:]])
         self.logits = nnx.Linear(
@@ -79,15 +82,13 @@ class Decoder(nnx.Module):
         self.kernels = nnx.List(
             [
                 nnx.Param(init(rngs.params(), (4, 4, a, b)))
-                for init, a, b in zip(inits, widths, widths[1:], strict=False)
+                for init, (a, b) in zip(inits, itertools.pairwise(widths), strict=True)
             ]
         )
         self.norms = nnx.List([layer_norm(width, 1e-3, dtype=dtype, rngs=rngs) for width in widths[1:-1]])
         self.bias = nnx.Param(jnp.zeros(channels_out))
 
-    def __call__(
-        self, latent: Float[Array, "*batch latent"]
-    ) -> Float[Array, "*batch height width channel"]:
+    def __call__(self, latent: Float[Array, "*batch latent"]) -> Float[Array, "*batch height width channel"]:
         """Images in [−0.5, 0.5], float32."""
         x = self.project(latent.reshape(-1, latent.shape[-1])).reshape(-1, *self.start)
         for index, kernel in enumerate(self.kernels):
@@ -167,7 +168,7 @@ class WorldModel(nnx.Module):
         return OneHot.of(logits.reshape(shape), self.config.uniform_mix)
 
     def initial_latent(self) -> Float[Array, " latent"]:
-        """z before the first step: mode of the learned initial state's prior, gradient to its log-probabilities."""
+        """z before the first step: the mode of h_init's prior, with the gradient of its log-probabilities."""
         prior = self.prior(self.initial_deter[...])
         return (prior.mode() + prior.logits - jax.lax.stop_gradient(prior.logits)).reshape(-1)
 
@@ -198,7 +199,7 @@ class WorldModel(nnx.Module):
         dropout_key: PRNGKeyArray | None,
     ) -> Observed:
         """The training pass over windows of replay (eq. 1)."""
-        batch, length = is_first.shape
+        length = is_first.shape[1]
         posterior = self.posterior(images)
         latent = _sample(posterior, sampler, "posterior")
 
@@ -220,12 +221,12 @@ class WorldModel(nnx.Module):
         ring: Ring,
         position_keys: list[Float[Array, "distance head size"]],
     ) -> tuple[Float[Array, "sequence hidden"], Ring]:
-        """h after one more transition of every sequence."""
+        """H after one more transition of every sequence."""
         return self.transformer.step(self.mix(latent, action), ring, position_keys)
 
 
 def features(latent: Float[Array, "*batch latent"], deter: Float[Array, "*batch hidden"]) -> Array:
-    """feat = (z, h), in the precision of h."""
+    """Feat = (z, h), in the precision of h."""
     return jnp.concatenate([latent.astype(deter.dtype), deter], axis=-1)
 
 

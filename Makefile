@@ -1,0 +1,70 @@
+# Nothing but Python and make is needed: the first command that runs anything creates .venv and installs there.
+# `make` alone lists what there is.
+
+GAME ?= Breakout
+AGENT ?= twister
+PRESET ?= auto
+SEED ?= 0
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# With an NVIDIA driver, JAX is installed with its CUDA libraries.
+EXTRAS ?= $(if $(wildcard /proc/driver/nvidia/version),dev$(COMMA)cuda,dev)
+COMMA := ,
+PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3.13 python3 python,\
+	$(shell $(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
+
+.DEFAULT_GOAL := help
+.PHONY: help install train evaluate parity doctor bench test test-faults lint format types clean
+
+help: ## this list
+	@echo "make train GAME=Breakout [AGENT=twister|twm] [SEED=0] [STEPS=100000] [PRESET=auto|paper|cpu|debug]"
+	@echo "           [LOGDIR=runs/...] [ARGS='--field value ...']   (all fields: make train ARGS=--help)"
+	@echo
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
+
+install: $(STAMP) ## create .venv and install everything there
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install it, or name it with PYTHON=/path/to/python" >&2; exit 2; }
+	@test -x $(BIN)/python || { echo "creating $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+train: $(STAMP) ## train, or go on with the run in LOGDIR
+	@$(BIN)/python -m twister_jax train --game '$(GAME)' --agent '$(AGENT)' --preset '$(PRESET)' --seed '$(SEED)' \
+		$(if $(STEPS),--train.steps '$(STEPS)') $(if $(LOGDIR),--logdir '$(LOGDIR)') $(ARGS)
+
+evaluate: $(STAMP) ## full games with the newest checkpoint of LOGDIR
+	@$(BIN)/python -m twister_jax evaluate --logdir '$(LOGDIR)' $(ARGS)
+
+parity: $(STAMP) ## recompute FILE=fixture.npz and compare
+	@$(BIN)/python -m twister_jax parity '$(FILE)'
+
+doctor: $(STAMP) ## check that this machine can run it all
+	@$(BIN)/python -m twister_jax doctor
+
+bench: $(STAMP) ## throughput and utilisation
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+test: $(STAMP) ## all tests but the long ones
+	@$(BIN)/python -m pytest -m 'not faults' $(ARGS)
+
+test-faults: $(STAMP) ## the long campaign: kills, damaged files, full disks
+	@$(BIN)/python -m pytest -m faults $(ARGS)
+
+lint: $(STAMP) ## style
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: $(STAMP) ## put the style right
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+types: $(STAMP) ## static types
+	@$(BIN)/mypy
+
+clean: ## remove .venv and caches; runs are kept
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,155 @@
+"""Dense and plain convolutions agree, in values and both gradients, and bad arguments are refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from twister_jax.nn.convolution import conv2d, conv2d_transpose
+
+CONV_LAYERS = [  # height, width, in, out, kernel, stride, padding
+    (64, 64, 3, 32, 4, 2, 1),
+    (32, 32, 32, 64, 4, 2, 1),
+    (16, 16, 64, 128, 4, 2, 1),
+    (8, 8, 128, 256, 4, 2, 1),
+    (64, 64, 4, 48, 4, 2, 0),
+    (31, 31, 48, 96, 4, 2, 0),
+    (14, 14, 96, 192, 4, 2, 0),
+    (6, 6, 192, 384, 4, 2, 0),
+]
+TRANSPOSE_LAYERS = [
+    (4, 4, 256, 128, 4, 2, 1),
+    (8, 8, 128, 64, 4, 2, 1),
+    (16, 16, 64, 32, 4, 2, 1),
+    (32, 32, 32, 3, 4, 2, 1),
+    (1, 1, 768, 192, 5, 2, 0),
+    (5, 5, 192, 96, 5, 2, 0),
+    (13, 13, 96, 48, 6, 2, 0),
+    (30, 30, 48, 4, 6, 2, 0),
+]
+
+
+def close(a, b, tolerance=2e-6):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    assert a.shape == b.shape
+    scale = np.sqrt(np.mean(b**2)) + 1e-12
+    np.testing.assert_allclose(a / scale, b / scale, atol=tolerance * 20)
+
+
+def compare(function, x_shape, kernel_shape, stride, padding):
+    """Values and both gradients of the dense form against the plain one."""
+    a, b, c = jax.random.split(jax.random.key(sum(x_shape) + sum(kernel_shape)), 3)
+    x, kernel = jax.random.normal(a, x_shape), jax.random.normal(b, kernel_shape)
+    out = jax.eval_shape(lambda x, k: function(x, k, stride=stride, padding=padding), x, kernel)
+    dy = jax.random.normal(c, out.shape)
+
+    def run(form):
+        @jax.jit
+        def f(x, kernel, dy):
+            y, back = jax.vjp(lambda *p: function(*p, stride=stride, padding=padding, form=form), x, kernel)
+            return y, *back(dy)
+
+        return f(x, kernel, dy)
+
+    for dense, plain in zip(run("dense"), run("plain"), strict=True):
+        close(dense, plain)
+
+
+@pytest.mark.parametrize("layer", CONV_LAYERS)
+def test_convolution_layers(layer):
+    h, w, c, d, k, s, p = layer
+    compare(conv2d, (3, h, w, c), (k, k, c, d), s, p)
+
+
+@pytest.mark.parametrize("layer", TRANSPOSE_LAYERS)
+def test_transposed_layers(layer):
+    h, w, c, d, k, s, p = layer
+    compare(conv2d_transpose, (3, h, w, c), (k, k, c, d), s, p)
+
+
+sizes = st.integers(1, 9)
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    st.integers(1, 3),
+    sizes,
+    sizes,
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.integers(1, 4),
+    st.integers(0, 3),
+)
+def test_any_convolution(n, h, w, kh, kw, stride, padding):
+    assume(h + 2 * padding >= kh and w + 2 * padding >= kw)
+    compare(conv2d, (n, h, w, 2), (kh, kw, 2, 3), stride, padding)
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    st.integers(1, 3),
+    sizes,
+    sizes,
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.integers(1, 4),
+    st.integers(0, 3),
+)
+def test_any_transposed_convolution(n, h, w, kh, kw, stride, padding):
+    assume((h - 1) * stride - 2 * padding + kh >= 1 and (w - 1) * stride - 2 * padding + kw >= 1)
+    compare(conv2d_transpose, (n, h, w, 2), (kh, kw, 2, 3), stride, padding)
+
+
+@pytest.mark.parametrize("form", ["plain", "dense"])
+def test_transposed_convolution_follows_pytorch(form):
+    """Each input pixel adds its product with kernel[a, b] at row stride * i + a - padding."""
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(2, 3, 4, 5)), rng.normal(size=(4, 4, 5, 6))
+    full = np.zeros((2, 8, 10, 6))
+    for i in range(3):
+        for j in range(4):
+            for a in range(4):
+                for b in range(4):
+                    full[:, 2 * i + a, 2 * j + b] += x[:, i, j] @ kernel[a, b]
+    y = conv2d_transpose(jnp.float32(x), jnp.float32(kernel), stride=2, padding=1, form=form)
+    close(y, full[:, 1:-1, 1:-1])
+
+
+@pytest.mark.parametrize("form", ["plain", "dense"])
+@pytest.mark.parametrize("function", [conv2d, conv2d_transpose])
+def test_half_precision_keeps_its_type(function, form):
+    x, kernel = jnp.ones((2, 8, 8, 16), jnp.bfloat16), jnp.full((4, 4, 16, 8), 0.01, jnp.bfloat16)
+
+    def loss(x, kernel):
+        return function(x, kernel, stride=2, padding=1, form=form).astype(jnp.float32).sum()
+
+    assert function(x, kernel, stride=2, padding=1, form=form).dtype == jnp.bfloat16
+    dx, dkernel = jax.grad(loss, (0, 1))(x, kernel)
+    assert dx.dtype == dkernel.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("function", [conv2d, conv2d_transpose])
+@pytest.mark.parametrize(
+    ("x", "kernel", "stride", "padding"),
+    [
+        ((8, 8, 3), (4, 4, 3, 5), 2, 1),
+        ((1, 8, 8, 3), (4, 4, 2, 5), 2, 1),
+        ((1, 8, 8, 3), (4, 3, 5), 2, 1),
+        ((1, 8, 8, 3), (4, 4, 3, 5), 0, 1),
+        ((1, 8, 8, 3), (4, 4, 3, 5), 2, -1),
+    ],
+)
+def test_bad_arguments_are_refused(function, x, kernel, stride, padding):
+    with pytest.raises(ValueError, match=r"want|channels"):
+        function(jnp.zeros(x), jnp.zeros(kernel), stride=stride, padding=padding)
+
+
+def test_empty_outputs_are_refused():
+    with pytest.raises(ValueError, match="larger than"):
+        conv2d(jnp.zeros((1, 2, 2, 3)), jnp.zeros((5, 5, 3, 4)), stride=2, padding=1)
+    with pytest.raises(ValueError, match="leaves nothing"):
+        conv2d_transpose(jnp.zeros((1, 1, 1, 3)), jnp.zeros((2, 2, 3, 4)), stride=2, padding=1)
+    with pytest.raises(ValueError, match="form"):
+        conv2d(jnp.zeros((1, 8, 8, 3)), jnp.zeros((4, 4, 3, 4)), stride=2, padding=1, form="fast")

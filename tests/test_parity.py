@@ -1,0 +1,91 @@
+"""Agreement with the published formulation, and that disagreement is noticed."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import SPEC
+from twister_jax import parity
+from twister_jax.errors import UserError
+from twister_jax.twister.interop import load_published, to_published
+from twister_jax.twister.parity import config_of
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(scope="module")
+def twister():
+    return parity.load(FIXTURES / "twister_small.npz")
+
+
+def test_twister_agrees_in_everything_the_fixture_holds(capsys):
+    assert parity.main(FIXTURES / "twister_small.npz") == 0
+    printed = capsys.readouterr().out.splitlines()
+    names = {line.split()[0] for line in printed[:-1]}
+    _, fixture = parity.load(FIXTURES / "twister_small.npz")
+    given = {"post_sample", "prior_sample", "aug_post_sample", "img_action"}
+    given |= {"start_is_first", "start_is_first_context"}
+    expected = {n for n in fixture if n.startswith(("out/", "grad/")) and n.rsplit("/", 1)[1] not in given}
+    assert expected <= names
+    assert all(line.endswith("ok") for line in printed[:-1])
+
+
+def test_a_wrong_weight_is_noticed(tmp_path, capsys):
+    with np.load(FIXTURES / "twister_small.npz") as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    name = "param/rssm.transformer.blocks.1.self_att_module.attention.v"
+    arrays[name] = arrays[name] + np.float16(0.25)
+    np.savez(tmp_path / "wrong.npz", **arrays)
+    assert parity.main(tmp_path / "wrong.npz") == 1
+    printed = capsys.readouterr().out
+    assert "OFF" in printed
+    assert printed.splitlines()[-1].endswith("are off")
+
+
+def test_importing_and_exporting_published_weights_are_inverse(twister):
+    sizes, fixture = twister
+    config = config_of(sizes).model
+    weights = {
+        name.removeprefix("param/"): value.astype(np.float32)
+        for name, value in fixture.items()
+        if name.startswith("param/")
+    }
+    spec = SPEC.__class__(image_shape=(64, 64, 3), num_actions=sizes["num_actions"])
+    groups = load_published(weights, config, spec)
+    exported = {}
+    for group, tree in groups.items():
+        exported |= to_published(group, tree, config)
+    assert exported.keys() == weights.keys()
+    for name, value in weights.items():
+        np.testing.assert_array_equal(exported[name], value, err_msg=name)
+
+
+def test_published_weights_that_do_not_fit_are_refused(twister):
+    sizes, fixture = twister
+    config = config_of(sizes).model
+    weights = {n.removeprefix("param/"): v for n, v in fixture.items() if n.startswith("param/")}
+    spec = SPEC.__class__(image_shape=(64, 64, 3), num_actions=sizes["num_actions"])
+    del weights["rssm.weight_init"]
+    with pytest.raises(UserError, match=r"rssm\.weight_init"):
+        load_published(weights, config, spec)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a zip", None])
+def test_files_that_are_no_fixture_are_refused(tmp_path, content):
+    path = tmp_path / "file.npz"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"file\.npz"):
+        parity.check(path)
+
+
+def test_an_archive_without_a_configuration_is_refused(tmp_path):
+    np.savez(tmp_path / "other.npz", a=np.zeros(3))
+    with pytest.raises(UserError, match="config_json"):
+        parity.check(tmp_path / "other.npz")
+
+
+def test_relative_error_never_broadcasts():
+    assert parity.relative_error(np.zeros(3), np.zeros((3, 1))) == float("inf")
+    assert not parity.Row("x", float("nan"), 1.0).ok

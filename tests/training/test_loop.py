@@ -1,0 +1,433 @@
+import dataclasses
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.training.dummy_agent import WINDOW, make_agent, make_test_config
+from twister_jax.config import to_dict
+from twister_jax.envs import make_vector_env
+from twister_jax.errors import UserError
+from twister_jax.training import loop
+from twister_jax.training.checkpoint import Checkpointer
+from twister_jax.training.loop import DivergedError, Run, train, updates_owed
+from twister_jax.training.metrics import Averages, Log, MetricsFile, Progress, duration, png
+from twister_jax.training.rundir import RunDirectory
+from twister_jax.training.state import OnDevice
+
+PROGRAM = Path(__file__).with_name("dummy_agent.py")
+
+
+def rows_of(directory):
+    lines = (Path(directory) / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        del row["wall_seconds"]
+    return rows
+
+
+def final_state(directory, config):
+    env = make_vector_env(config.game, config.env, 1, 0)
+    agent = make_agent(config, env.spec)
+    shapes = OnDevice.shapes(agent, env.spec, config.env.num_envs)
+    state, host = Checkpointer(Path(directory) / "checkpoints").load_state(shapes)
+    host["counters"].pop("wall_seconds")
+    return jax.device_get(state), host
+
+
+def assert_same_run(one, other, config):
+    assert rows_of(one) == rows_of(other)
+    (a, host_a), (b, host_b) = final_state(one, config), final_state(other, config)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    assert host_a["counters"] == host_b["counters"]
+    ours, theirs = (json.loads((Path(d) / "evaluation.json").read_text()) for d in (one, other))
+    assert ours == theirs
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("undisturbed")
+    config = make_test_config(directory, **{"env.num_envs": 2})
+    assert train(config, make_agent, make_vector_env) == 0
+    return directory
+
+
+# ------------------------------------------------------------------------------------------- schedule
+
+
+@given(
+    st.integers(0, 10**6),
+    st.integers(0, 10**4),
+    st.sampled_from([0.1, 0.25, 0.7, 1.0, 125_000 / 95_000, 4.0]),
+)
+def test_updates_owed_never_drifts(steps, filled_at, rate):
+    owed = updates_owed(filled_at + steps, filled_at, rate)
+    assert abs(owed - steps * rate) < 1 + 1e-6
+    assert owed <= updates_owed(filled_at + steps + 1, filled_at, rate)
+
+
+def test_nothing_is_owed_before_the_prefill_is_over():
+    assert updates_owed(100, None, 1.0) == 0
+
+
+def test_counters_agree_with_what_was_done(undisturbed):
+    state, host = final_state(undisturbed, make_test_config(undisturbed, **{"env.num_envs": 2}))
+    counters = host["counters"]
+    assert counters["env_steps"] >= 120
+    assert counters["env_steps"] < 120 + 2
+    assert counters["updates"] == math.floor((counters["env_steps"] - counters["filled_at"]) * 0.7)
+    assert counters["pretraining_updates"] == 50
+    assert state.agent["updates"] == counters["updates"] + 50
+    assert counters["filled_at"] in (20, 21)
+    # Catch: nine steps and a reset, in two environments that end together.
+    assert counters["iterations"] + 1 == math.ceil((counters["env_steps"] / 2) * 10 / 9)
+
+
+def test_rows_are_in_order_and_complete(undisturbed):
+    rows = rows_of(undisturbed)
+    assert [row["phase_updates"] for row in rows if row.get("phase") == "warm_up"] == [7, 14, 21, 28, 30]
+    assert [row["phase_updates"] for row in rows if row.get("phase") == "second"] == [7, 14, 20]
+    main = [row for row in rows if "phase" not in row]
+    assert [row["updates"] for row in main] == list(range(7, main[-1]["updates"] + 1, 7))
+    assert all(np.isfinite(row["losses/image"]) for row in main)
+    assert sum(row.get("episode/count", 0) for row in rows) >= 2 * (120 // 18) - 2
+    assert sorted((undisturbed / "pictures").glob("frame-*.png"))
+    assert list(undisturbed.glob("events.out.tfevents.*"))
+
+
+def test_prefill_lasts_until_a_window_fits(tmp_path):
+    config = make_test_config(tmp_path, 60, **{"train.prefill_steps": 2, "env.num_envs": 2})
+    with loop.Signals() as signals:
+        (tmp_path / "checkpoints").mkdir()
+        run = Run(config, partial(make_agent, phases=()), make_vector_env, Progress(), signals)
+        while run.filling:
+            run.step_randomly()
+    assert run.counters.iterations + 1 == WINDOW == int(run.replay.inserted)
+    assert run.state.observation.is_first.all()  # for the actor, which has seen none of this
+
+
+# ----------------------------------------------------------------------------------------- resumption
+
+
+class Killed(BaseException):
+    """Stands for a process that ends: nothing in the program catches it."""
+
+
+def killed_env(after, game, config, num_envs, seed):
+    env = make_vector_env(game, config, num_envs, seed)
+    step, count = env.step, 0
+
+    def dying_step(actions):
+        nonlocal count
+        count += 1
+        if count == after:
+            raise Killed
+        return step(actions)
+
+    env.step = dying_step
+    return env
+
+
+@pytest.mark.parametrize("after", [[5], [15, 3], [13, 18, 40]])
+def test_a_run_that_was_killed_ends_where_an_undisturbed_one_ends(tmp_path, undisturbed, after):
+    config = make_test_config(tmp_path, **{"env.num_envs": 2})
+    for steps in after:
+        with pytest.raises(Killed):
+            train(config, make_agent, partial(killed_env, steps))
+    assert train(config, make_agent, make_vector_env) == 0
+    assert_same_run(tmp_path, undisturbed, config)
+
+
+def test_a_save_at_every_step_changes_nothing(tmp_path, undisturbed):
+    config = make_test_config(
+        tmp_path, **{"env.num_envs": 2, "train.checkpoint_every": 1, "train.keep_checkpoints": 1}
+    )
+    assert train(config, make_agent, make_vector_env) == 0
+    assert_same_run(tmp_path, undisturbed, config)
+
+
+@pytest.mark.parametrize("signals_at", [[3, 33, 80]])
+def test_a_run_that_was_interrupted_anywhere_ends_where_an_undisturbed_one_ends(
+    tmp_path, undisturbed, signals_at, monkeypatch, capsys
+):
+    """Signals arrive within pretraining too, where no checkpoint would have been due."""
+    config = make_test_config(tmp_path, **{"env.num_envs": 2})
+    housekeep = Run.housekeep
+    count = 0
+
+    def counted(self):
+        nonlocal count
+        count += 1
+        if count in signals_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        housekeep(self)
+
+    monkeypatch.setattr(Run, "housekeep", counted)
+    for _ in signals_at:
+        assert train(config, make_agent, make_vector_env) == 143
+        assert "SIGTERM: saved" in capsys.readouterr().out
+    assert train(config, make_agent, make_vector_env) == 0
+    assert f"resuming {tmp_path} at step" in capsys.readouterr().out
+    assert_same_run(tmp_path, undisturbed, config)
+
+
+def test_a_finished_run_says_so_and_evaluates_again_only_if_asked(tmp_path, capsys):
+    config = make_test_config(tmp_path, 60)
+    assert train(config, make_agent, make_vector_env) == 0
+    before = (tmp_path / "evaluation.json").stat().st_mtime_ns
+    capsys.readouterr()
+    assert train(config, make_agent, make_vector_env) == 0
+    assert "finished" in capsys.readouterr().out
+    assert (tmp_path / "evaluation.json").stat().st_mtime_ns == before
+    more = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, episodes=3))
+    assert train(more, make_agent, make_vector_env) == 0
+    assert json.loads((tmp_path / "evaluation.json").read_text())["episodes"] == 3
+
+
+def test_more_steps_go_on_from_the_end(tmp_path):
+    assert train(make_test_config(tmp_path, 60), make_agent, make_vector_env) == 0
+    assert train(make_test_config(tmp_path, 90), make_agent, make_vector_env) == 0
+    updates = [row["updates"] for row in rows_of(tmp_path) if "phase" not in row]
+    assert updates == list(range(7, 50, 7))
+    assert json.loads((tmp_path / "evaluation.json").read_text())["env_steps"] == 90
+
+
+def test_another_model_in_the_same_directory_is_refused(tmp_path):
+    train(make_test_config(tmp_path, 40), make_agent, make_vector_env)
+    with pytest.raises(UserError, match=r"seed is 0 there, 1 here"):
+        train(make_test_config(tmp_path, 40, seed=1), make_agent, make_vector_env)
+
+
+def test_a_second_process_is_refused(tmp_path):
+    config = make_test_config(tmp_path, 40)
+    with RunDirectory(tmp_path) as directory:
+        directory.check_or_write_config(to_dict(config), ())
+        with pytest.raises(UserError, match="in use by process"):
+            train(config, make_agent, make_vector_env)
+
+
+# ------------------------------------------------------------------------------- failures on the way
+
+
+def test_training_goes_on_when_a_checkpoint_cannot_be_saved(tmp_path, monkeypatch, capsys, undisturbed):
+    save, calls = Checkpointer.save, []
+
+    def sometimes(self, step, snapshot):
+        calls.append(step)
+        if len(calls) in (1, 2):
+            raise OSError(28, "No space left on device")
+        save(self, step, snapshot)
+
+    monkeypatch.setattr(Checkpointer, "save", sometimes)
+    config = make_test_config(tmp_path, **{"env.num_envs": 2})
+    assert train(config, make_agent, make_vector_env) == 0
+    said = capsys.readouterr().out
+    assert said.count("could not be saved") == 2
+    assert "No space left" in said
+    assert len(calls) == 120 // 25 + 1
+    assert_same_run(tmp_path, undisturbed, config)
+
+
+def test_rows_wait_while_the_disk_refuses_them(tmp_path):
+    file = MetricsFile(tmp_path / "gone" / "metrics.jsonl")
+    assert isinstance(file.write({"a": 1}), OSError)
+    assert isinstance(file.write({"a": 2}), OSError)
+    again = MetricsFile(file.path, file.offset, file.pending)  # as from a checkpoint
+    file.path.parent.mkdir()
+    assert again.write({"a": float("nan")}) is None
+    assert [json.loads(line)["a"] for line in file.path.read_text().splitlines()] == [1, 2, None]
+
+
+def test_rows_of_a_lost_future_are_cut_off(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path)
+    file.write({"a": 1})
+    offset = file.offset
+    file.write({"a": 2})
+    with path.open("a") as torn:
+        torn.write('{"a": ')
+    again = MetricsFile(path, offset)
+    again.write({"a": 3})
+    assert [json.loads(line)["a"] for line in path.read_text().splitlines()] == [1, 3]
+
+
+def test_a_run_that_diverges_stops_and_names_the_loss(tmp_path):
+    config = make_test_config(tmp_path, 200, **{"train.max_bad_updates": 5})
+    bad = partial(make_agent, bad_from=60, phases=())
+    with pytest.raises(DivergedError, match=r"\d+ updates in a row were not finite, first in weights"):
+        train(config, bad, make_vector_env)
+    state, _ = final_state(tmp_path, config)
+    assert np.isfinite(state.agent["w"]).all()
+    assert state.agent["health"].longest < 5
+    assert rows_of(tmp_path)[-1]["losses/weights"] is None
+    assert rows_of(tmp_path)[-1]["health/longest"] >= 5
+    assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_a_few_bad_updates_do_not_stop_a_run(tmp_path):
+    config = make_test_config(tmp_path, 120, **{"train.max_bad_updates": 5})
+    assert train(config, partial(make_agent, bad_from=30, bad_until=34, phases=()), make_vector_env) == 0
+    rows = rows_of(tmp_path)
+    assert rows[-1]["health/skipped"] == 4
+    assert all(row["losses/weights"] is not None for row in rows)  # means over the sound ones
+
+
+def test_a_failing_environment_is_one_clear_error(tmp_path):
+    def broken(game, config, num_envs, seed):
+        env = make_vector_env(game, config, num_envs, seed)
+
+        def step(actions):
+            raise RuntimeError("environment 0 failed 6 times in a row")
+
+        env.step = step
+        return env
+
+    with pytest.raises(UserError, match="failed 6 times"):
+        train(make_test_config(tmp_path), make_agent, broken)
+
+
+# -------------------------------------------------------------------------------------- real processes
+
+
+def start(directory, steps, *fields):
+    return subprocess.Popen(
+        [sys.executable, PROGRAM, str(directory), str(steps), *fields],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(PROGRAM.parents[2])},
+    )
+
+
+def wait_until(condition, process, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_exits(tmp_path, number, code):
+    process = start(tmp_path, 20_000, "train.checkpoint_every=1000000")
+    metrics = tmp_path / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and metrics.stat().st_size > 10_000, process)
+    assert not Checkpointer(tmp_path / "checkpoints").steps()
+    sent = time.monotonic()
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == code, said
+    assert time.monotonic() - sent < 10
+    assert "saved; the same command goes on" in said
+    assert "Traceback" not in said
+    assert Checkpointer(tmp_path / "checkpoints").steps()
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    # One update takes minutes, so the first signal cannot be answered soon.
+    process = start(tmp_path, 20_000, "work=10000000")
+    wait_until(lambda: (tmp_path / "metrics.jsonl").exists(), process)
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    sent = time.monotonic()
+    process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert time.monotonic() - sent < 3
+
+
+def kill_at_random(directory, undisturbed_directory, config, steps, kills, seed):
+    print("seed of the kills:", seed)
+    draw = random.Random(seed)
+    survived = 0
+    for _ in range(kills):
+        process = start(directory, steps, "env.num_envs=2")
+        time.sleep(draw.uniform(0.5, 5.0))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        survived += process.returncode == 0
+    process = start(directory, steps, "env.num_envs=2")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert_same_run(directory, undisturbed_directory, config)
+    print(f"{kills} kills, of which {survived} came too late")
+
+
+def test_a_process_killed_at_random_moments(tmp_path, undisturbed):
+    config = make_test_config(tmp_path, **{"env.num_envs": 2})
+    kill_at_random(tmp_path, undisturbed, config, 120, kills=3, seed=random.randrange(2**32))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("seed", [random.randrange(2**32) for _ in range(2)])
+def test_a_process_killed_at_many_random_moments(tmp_path, seed):
+    config = make_test_config(tmp_path / "killed", 2000, **{"env.num_envs": 2})
+    undisturbed = tmp_path / "undisturbed"
+    train(dataclasses.replace(config, logdir=str(undisturbed)), make_agent, make_vector_env)
+    kill_at_random(tmp_path / "killed", undisturbed, config, 2000, kills=25, seed=seed)
+
+
+# --------------------------------------------------------------------------------------- small things
+
+
+def test_the_emulator_runs_while_the_device_learns(tmp_path):
+    """When the environments are stepped, the update that was asked for before has not finished."""
+    config = make_test_config(tmp_path, 40)
+    seen = []
+    with loop.Signals() as signals:
+        run = Run(config, partial(make_agent, phases=(), work=300), make_vector_env, Progress(), signals)
+        step = run.env.step
+
+        def watched(actions):
+            if run.counters.updates:
+                seen.append(run.state.agent["updates"].is_ready())
+            return step(actions)
+
+        run.env.step = watched
+        run.learn_everything()
+    assert seen.count(False) > len(seen) / 3
+
+
+def test_averages_leave_out_what_is_not_finite():
+    averages = Averages.empty({"a": 0, "b": 0})
+    for a, b in ((1.0, np.nan), (np.inf, np.nan), (3.0, np.nan)):
+        averages = averages.add({"a": np.float32(a), "b": np.float32(b)})
+    assert averages.means() == {"a": 2.0, "b": None}
+    assert Averages.from_host(json.loads(json.dumps(averages.to_host()))).means() == {"a": 2.0, "b": None}
+
+
+def test_png_is_what_a_reader_expects(tmp_path):
+    import struct
+    import zlib
+
+    picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    data = png(picture)
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    assert struct.unpack(">II", data[16:24]) == (7, 5)
+    start, length = data.index(b"IDAT") + 4, struct.unpack(">I", data[data.index(b"IDAT") - 4 :][:4])[0]
+    rows = np.frombuffer(zlib.decompress(data[start : start + length]), np.uint8).reshape(5, 22)
+    np.testing.assert_array_equal(rows[:, 1:].reshape(5, 7, 3), picture)
+
+
+def test_tensorboard_that_cannot_be_written_is_given_up(tmp_path, capsys):
+    log = Log(tmp_path / "gone", Progress(), tensorboard=True)
+    log.plot(1, {"a": 1.0})
+    assert "TensorBoard events could not be written" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(7980, "2h13m"), (245, "4m05s"), (11.6, "12s"), (-1, "0s")])
+def test_durations(seconds, text):
+    assert duration(seconds) == text

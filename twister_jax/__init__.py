@@ -1,0 +1,69 @@
+"""Transformer world-model agents from pixels in JAX: TWISTER and TWM.
+
+A notebook needs these names, and nothing else is public:
+
+    import jax
+    import twister_jax as tj
+
+    config = tj.make_config("twister", "debug", game="Catch")
+    env = tj.make_vector_env(config.game, config.env, num_envs=1, seed=0)
+    agent = tj.make_agent(config, env.spec)
+    state = jax.jit(agent.init)(tj.key_for(config.seed, tj.Purpose.INIT))
+    update = jax.jit(agent.update, donate_argnums=(0, 1))
+
+Importing the package does not import JAX; the first use of a name does.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from twister_jax.agent import Agent, Observation, Transition
+    from twister_jax.agents import make_agent
+    from twister_jax.config import Config, make_config, validate
+    from twister_jax.envs import make_vector_env
+    from twister_jax.errors import UserError
+    from twister_jax.randomness import Purpose, key_for
+    from twister_jax.replay import Replay
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Agent": "agent",
+    "Config": "config",
+    "Observation": "agent",
+    "Purpose": "randomness",
+    "Replay": "replay",
+    "Transition": "agent",
+    "UserError": "errors",
+    "key_for": "randomness",
+    "make_agent": "agents",
+    "make_config": "config",
+    "make_vector_env": "envs",
+    "validate": "config",
+}
+
+__all__ = [
+    "Agent",
+    "Config",
+    "Observation",
+    "Purpose",
+    "Replay",
+    "Transition",
+    "UserError",
+    "key_for",
+    "make_agent",
+    "make_config",
+    "make_vector_env",
+    "validate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

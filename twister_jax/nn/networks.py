@@ -1,0 +1,43 @@
+"""Flax modules used functionally: structure split off once, parameters merged in when a function runs."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import PRNGKeyArray
+
+Params = Any
+"""A nested dictionary of arrays."""
+
+
+class Networks:
+    """The structure of an agent's networks, by name; `merge` gives one of them its parameters.
+
+    Args:
+      makers: for every network a function that builds it, given `rngs`.
+    """
+
+    def __init__(self, makers: Mapping[str, Callable[..., nnx.Module]]):
+        self._makers = dict(makers)
+        self._structures = {
+            name: nnx.split(nnx.eval_shape(lambda make=make: make(rngs=nnx.Rngs(0))))[0]
+            for name, make in self._makers.items()
+        }
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The networks in the order they were given."""
+        return tuple(self._makers)
+
+    def init(self, key: PRNGKeyArray) -> dict[str, Params]:
+        """Fresh parameters of every network."""
+        keys = jax.random.split(key, len(self._makers))
+        return {
+            name: nnx.to_pure_dict(nnx.split(make(rngs=nnx.Rngs(k)))[1])
+            for (name, make), k in zip(self._makers.items(), keys, strict=True)
+        }
+
+    def merge(self, name: str, params: Params) -> Any:
+        """The network with these parameters."""
+        return nnx.merge(self._structures[name], params)
