@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from twister_jax import config as configs
+from twister_jax.allocator import keep_freed_memory
 from twister_jax.config import Config
 from twister_jax.errors import UserError
 
@@ -152,12 +153,14 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 
 def read_config(arguments: list[str]) -> Config:
-    """The configuration that flags describe: `--agent` and `--preset` choose what the others change.
+    """The configuration that flags describe; `--agent`, `--preset` and `--game` choose the defaults.
 
     Raises:
       UserError: what is wrong with which flag, and what would be right.
     """
-    first = {"agent": "twister", "preset": "auto"}
+    from twister_jax.envs.games import resolve_game
+
+    first = {"agent": "twister", "preset": "auto", "game": "Breakout"}
     for name, values in split_flags(arguments):
         if name in first and len(values) == 1:
             first[name] = values[0]
@@ -165,15 +168,14 @@ def read_config(arguments: list[str]) -> Config:
     if preset not in (*configs.PRESETS, "auto"):
         near = configs.did_you_mean(preset, (*configs.PRESETS, "auto"))
         raise UserError(f"unknown preset {preset!r}{near}; one of auto, {', '.join(configs.PRESETS)}")
-    base = configs.make_config(agent, "paper" if preset == "auto" else preset)
-    base = dataclasses.replace(base, preset=preset)
+    game = resolve_game(first["game"])
+    base = configs.make_config(agent, "paper" if preset == "auto" else preset, game)
+    base = configs.replace(base, {"preset": preset})
     config = parse(base, arguments, "train")  # answers --help and refuses before JAX is imported
     if preset == "auto":
         preset = automatic_preset()
-        config = parse(configs.make_config(agent, preset), arguments, "train")
-    from twister_jax.envs.games import resolve_game
-
-    config = dataclasses.replace(config, preset=preset, game=resolve_game(config.game))
+        config = parse(configs.make_config(agent, preset, game), arguments, "train")
+    config = configs.replace(config, {"preset": preset, "game": game})
     configs.validate(config)
     return config
 
@@ -190,11 +192,12 @@ def automatic_preset() -> str:
 
 
 def start_jax() -> None:
-    """Turns on JAX's persistent compilation cache, in `$TWISTER_JAX_CACHE` or ~/.cache/twister_jax/xla.
+    """Keeps freed memory, and compiled programs in `$TWISTER_JAX_CACHE` or ~/.cache/twister_jax/xla.
 
     Raises:
       UserError: JAX finds no device it can use.
     """
+    keep_freed_memory()
     import jax
 
     try:

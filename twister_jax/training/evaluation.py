@@ -98,7 +98,12 @@ def run(
       Interrupted: a signal came.
     """
     games = allotment(config.evaluation.episodes, config.evaluation.num_envs)
-    env_config = dataclasses.replace(config.env, noop_max=config.evaluation.noop_max, num_envs=len(games))
+    env_config = dataclasses.replace(
+        config.env,
+        noop_max=config.evaluation.noop_max,
+        time_limit_frames=config.evaluation.time_limit_frames,
+        num_envs=len(games),
+    )
     seed = int(generator_for(config.seed, Purpose.EVALUATION_ENVIRONMENT).integers(2**31))
     try:
         env = make_env(config.game, env_config, len(games), seed)
@@ -164,7 +169,7 @@ def protocol(config: Config, episodes: list[Episode], trained: Mapping[str, int]
         "life_loss_ends_episode_in_training": env.life_loss_ends_episode,
         "fire_start": env.fire_start,
         "noop_max": evaluation.noop_max,
-        "time_limit_frames": env.time_limit_frames,
+        "time_limit_frames": evaluation.time_limit_frames,
         "games_cut_by_time_limit": sum(episode.truncated for episode in episodes),
         "game_lengths": [int(episode.length) for episode in episodes],
         "actions": "sampled from the policy" if evaluation.sample_actions else "mode of the policy",

@@ -58,6 +58,7 @@ MAY_CHANGE = (
     "evaluation.episodes",
     "evaluation.num_envs",
     "evaluation.noop_max",
+    "evaluation.time_limit_frames",
     "evaluation.sample_actions",
 )
 """What a run that is resumed may have otherwise than when it began."""
@@ -292,6 +293,8 @@ class Run:
                 continue
             if not self.compiled[name].ready():
                 self.tell.update(self.progress_line())
+                self.ready(name)
+                self._pace.clear()
             memory = self.ready(name).memory_analysis()
             if memory is not None:
                 check_memory({f"running {name}": memory.temp_size_in_bytes}, jax.devices()[0])

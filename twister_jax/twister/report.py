@@ -27,7 +27,8 @@ def open_loop_picture(
     batch, length = windows.is_first.shape
     context, columns = min(CONTEXT, length // 2), min(COLUMNS, length)
     key_observe, key_imagine = jax.random.split(key)
-    seen = model.observe(images, windows.action, windows.is_first, KeySampler(key_observe), None)
+    posterior = model.posterior(images)
+    seen = model.observe(posterior, windows.action, windows.is_first, KeySampler(key_observe), None)
     start = starts_of(model, seen, windows.is_first, windows.terminal)
     here = jnp.arange(batch) * length + context - 1
     ring = start.ring.replace(

@@ -192,15 +192,14 @@ class WorldModel(nnx.Module):
 
     def observe(
         self,
-        images: Float[Array, "batch time height width channel"],
+        posterior: OneHot,
         actions: Float[Array, "batch time action"],
         is_first: Bool[Array, "batch time"],
         sampler: Sampler,
         dropout_key: PRNGKeyArray | None,
     ) -> Observed:
-        """The training pass over windows of replay (eq. 1)."""
+        """The training pass over windows of replay (eq. 1), given the posterior of their images."""
         length = is_first.shape[1]
-        posterior = self.posterior(images)
         latent = _sample(posterior, sampler, "posterior")
 
         starts = is_first | (jnp.arange(length) == 0)
@@ -281,7 +280,10 @@ def world_model_loss(
       dropout_key: key of the transformer's dropout; None switches it off.
     """
     images = to_float(windows.image)
-    seen = model.observe(images, windows.action, windows.is_first, sampler, dropout_key)
+    # Both views in one pass of the encoder.
+    both = model.posterior(jnp.concatenate([images, augmented]))
+    posterior, view = (jax.tree.map(lambda x, i=i: jnp.split(x, 2)[i], both) for i in (0, 1))
+    seen = model.observe(posterior, windows.action, windows.is_first, sampler, dropout_key)
     posterior_features = features(seen.latent, seen.deter)
 
     decoded = model.decoder(seen.latent)
@@ -292,7 +294,6 @@ def world_model_loss(
     dynamics = jnp.sum(stop(seen.posterior).kl(seen.prior), -1)
     representation = jnp.sum(seen.posterior.kl(stop(seen.prior)), -1)
 
-    view = model.posterior(augmented)
     queries = model.contrastive.queries(features(seen.prior_latent, seen.deter), seen.actions)
     keys = model.contrastive.keys(_sample(view, sampler, "augmented"))
     contrastive, accuracy = info_nce(queries, keys)

@@ -1,0 +1,21 @@
+"""Memory that an update frees is kept for the next one.
+
+XLA's CPU backend takes its scratch memory with malloc at every call. By default glibc hands gigabytes back to
+the kernel each time, and the next call pays for them page by page: a fifth to a quarter of a CPU update.
+"""
+
+import contextlib
+import ctypes
+
+# Option numbers of mallopt(3).
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc's malloc to keep what is freed; elsewhere does nothing. Call before JAX allocates."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_MMAP_MAX, 0)
+        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_TOP_PAD, 1 << 28)
+        mallopt(_ARENA_MAX, 1)
