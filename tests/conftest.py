@@ -1,6 +1,7 @@
-"""What all tests share: small sizes, and an agent compiled once."""
+"""What all tests share: small sizes, and programs compiled once."""
 
 import dataclasses
+import os
 from typing import Any
 
 import jax
@@ -67,6 +68,15 @@ class Compiled:
     state: Any
     update: Any
     act: Any
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Many tests compile the same programs, here and in subprocesses; one compilation of each is enough."""
+    directory = str(tmp_path_factory.mktemp("xla"))
+    os.environ["TWISTER_JAX_CACHE"] = directory
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 @pytest.fixture(scope="session")

@@ -66,6 +66,9 @@ def test_published_weights_that_do_not_fit_are_refused(twister):
     config = config_of(sizes).model
     weights = {n.removeprefix("param/"): v for n, v in fixture.items() if n.startswith("param/")}
     spec = SPEC.__class__(image_shape=(64, 64, 3), num_actions=sizes["num_actions"])
+    narrow = weights | {"rssm.dynamics_predictor.weight": weights["rssm.dynamics_predictor.weight"][:, :-1]}
+    with pytest.raises(UserError, match=r"prior_logits.*should be"):
+        load_published(narrow, config, spec)
     del weights["rssm.weight_init"]
     with pytest.raises(UserError, match=r"rssm\.weight_init"):
         load_published(weights, config, spec)

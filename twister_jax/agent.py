@@ -72,15 +72,6 @@ class Health:
             first_bad=jnp.where(starts, jnp.argmax(bad).astype(jnp.int32), self.first_bad),
         )
 
-    def metrics(self) -> Metrics:
-        """For the logs."""
-        return {
-            "health/skipped": self.skipped.astype(jnp.float32),
-            "health/consecutive": self.consecutive.astype(jnp.float32),
-            "health/longest": self.longest.astype(jnp.float32),
-            "health/first_bad": self.first_bad.astype(jnp.float32),
-        }
-
 
 @dataclasses.dataclass(frozen=True)
 class Pretraining:

@@ -679,6 +679,10 @@ def _between(low: float, high: float) -> Rule:
     return (lambda value: low <= value <= high, f"must be between {low} and {high}")
 
 
+def _positive_share() -> Rule:
+    return (lambda value: 0 < value <= 1, "must be above 0 and at most 1")
+
+
 def _share_below_one() -> Rule:
     return (lambda value: 0 <= value < 1, "must be at least 0 and below 1")
 
@@ -749,7 +753,7 @@ _TWISTER_RULES: dict[str, Rule] = {
     "contrastive_decay": _between(0, 1),
     "crop_area": _ordered(0.01, 1),
     "crop_aspect": _ordered(0.1, 10),
-    "discount": _between(0, 1),
+    "discount": _positive_share(),
     "gae_lambda": _between(0, 1),
     "entropy_scale": _at_least(0),
     "slow_critic_scale": _at_least(0),

@@ -38,8 +38,9 @@ def relative_error(ours: ArrayLike, theirs: ArrayLike, rounding: float = 0.0) ->
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     if ours.shape != theirs.shape:
         return float("inf")
-    difference, norm = np.linalg.norm(ours - theirs), max(np.linalg.norm(theirs), rounding)
-    return float(difference / norm) if norm else float(difference)
+    difference = float(np.linalg.norm(ours - theirs))
+    norm = max(float(np.linalg.norm(theirs)), rounding)
+    return difference / norm if norm else difference
 
 
 def gradient_rows(fixture: Fixture, group: str, ours: dict[str, np.ndarray]) -> list[Row]:

@@ -4,6 +4,7 @@ Every environment has a stream of its own; all streams advance together, so one 
 are kept as flat uint8 rows, because a trailing axis of 3 channels would be padded to 128 on a TPU.
 """
 
+import dataclasses
 import math
 
 import chex
@@ -70,7 +71,8 @@ def insert(replay: Replay, step: Transition) -> Replay:
     def put(rows: Array, value: Array) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(rows, value[:, None].astype(rows.dtype), slot, axis=1)
 
-    return replay.replace(
+    return dataclasses.replace(
+        replay,
         frames=put(replay.frames, step.image.reshape(streams, -1)),
         action=put(replay.action, jnp.where(step.is_first[:, None], 0.0, step.action)),
         reward=put(replay.reward, step.reward),
@@ -150,7 +152,7 @@ def draw_balanced(
     logits = -in_order(replay, replay.visits) / temperature
     stream, step = _draw(key, count, jnp.where(allowed, logits, -jnp.inf))
     visits = replay.visits.at[stream, slot_of(replay, step)].add(1)
-    return stream, step, replay.replace(visits=visits)
+    return stream, step, dataclasses.replace(replay, visits=visits)
 
 
 def _draw(

@@ -10,8 +10,8 @@ import ale_py
 import numpy as np
 import pytest
 from ale_py import Action
-from test_area_resize import slow_area
 
+from tests.envs.test_area_resize import slow_area
 from twister_jax.envs.atari import AtariEnv
 from twister_jax.envs.games import rom_path
 
@@ -372,7 +372,7 @@ def test_a_saved_game_goes_on_the_same_in_a_new_process(game, settings, tmp_path
     (tmp_path / "saved.json").write_text(json.dumps([game, settings, env.get_state(), actions]))
     code = (
         "import json, sys; sys.path[:0] = sys.argv[2:]\n"
-        "from test_atari import AtariEnv, digest\n"
+        "from tests.envs.test_atari import AtariEnv, digest\n"
         "game, settings, state, actions = json.load(open(sys.argv[1]))\n"
         "env = AtariEnv(game, 99, **settings); env.set_state(state); print(digest(env, actions))"
     )

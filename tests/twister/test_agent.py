@@ -134,9 +134,15 @@ def test_acting_computes_the_states_that_training_computes(small):
         for t in range(10):
             ours = rings[t][1].ring.keys[block][t % slots]
             np.testing.assert_allclose(ours, keys[:, t], rtol=1e-3, atol=1e-4)
-    policy = make_networks(SMALL.algorithm, SPEC, jnp.float32).merge("actor", small.state.actor)
-    logits = policy(features(out.observed.latent, out.observed.deter)).logits
-    assert np.all(np.isfinite(logits))
+    # What the actor is fed: acting evaluated by the mode chooses what the training pass would choose.
+    evaluate = jax.jit(small.agent.act_evaluate)
+    actor = jax.tree.map(lambda x: x * 20.0, small.state.actor)  # far from ties
+    policy = make_networks(SMALL.algorithm, SPEC, jnp.float32).merge("actor", actor)
+    mode = policy(features(out.observed.latent, out.observed.deter)).mode()
+    for t in range(10):
+        observation = Observation(jnp.asarray(steps.image[t]), jnp.asarray(steps.is_first[t]))
+        chosen, _ = evaluate(small.state.replace(actor=actor), rings[t][0], observation, jax.random.key(t))
+        np.testing.assert_array_equal(chosen, mode[:, t])
 
 
 def test_a_reset_forgets_everything(small):

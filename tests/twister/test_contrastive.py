@@ -48,6 +48,13 @@ def test_weights_of_actions_that_a_head_does_not_read_get_no_gradient(heads):
         assert k == 0 or np.all(np.abs(gradient[k, :k]).sum((1, 2)) > 0)
 
 
+def test_one_step_needs_no_actions():
+    heads = ContrastiveHeads(FEATURES, LATENT, ACTIONS, 1, SIZE, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    queries = heads.queries(jnp.ones((BATCH, LENGTH, FEATURES)), jnp.ones((BATCH, LENGTH, ACTIONS)))
+    assert queries.shape == (1, BATCH, LENGTH, SIZE)
+    assert np.all(np.isfinite(queries))
+
+
 def slow_info_nce(queries, keys):
     losses, accuracies = [], []
     for k in range(queries.shape[0]):

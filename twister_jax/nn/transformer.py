@@ -65,6 +65,11 @@ def attention_mask(is_first: Bool[Array, "batch time"], context: int) -> Bool[Ar
     return near & (episode[:, :, None] == episode[:, None, :])
 
 
+def _float32_einsum(equation: str, *factors: Array) -> Array:
+    """An einsum of factors in any precision, summed in float32."""
+    return jnp.einsum(equation, *factors, preferred_element_type=jnp.float32)
+
+
 class Dropout:
     """Inverted dropout with a key of its own at every call; the identity without a key or at rate 0."""
 
@@ -122,9 +127,9 @@ class Block(nnx.Module):
         query, key, value = self.query(x), self.key(x), self.value(x)
         content = self._split(query + self.u[...].astype(query.dtype))
         place = self._split(query + self.v[...].astype(query.dtype))
-        scores = jnp.einsum("bihd,bjhd->bhij", content, self._split(key))
-        by_distance = jnp.einsum("bihd,rhd->bhir", place, self.position_keys(context))
-        scores = (scores + by_distance_to_by_key(by_distance)).astype(jnp.float32)
+        scores = _float32_einsum("bihd,bjhd->bhij", content, self._split(key))
+        by_distance = _float32_einsum("bihd,rhd->bhir", place, self.position_keys(context))
+        scores = scores + by_distance_to_by_key(by_distance)
         scores = scores * (x.shape[-1] // self.heads) ** -0.5
         weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf))
         weights = dropout(weights).astype(value.dtype)
@@ -148,8 +153,8 @@ class Block(nnx.Module):
         place = self._split(query + self.v[...].astype(query.dtype))
         slots = keys.shape[0]
         by_slot = position_keys[(slot - jnp.arange(slots)) % slots]
-        scores = jnp.einsum("nhd,snhd->snh", content, self._split(keys))
-        scores = (scores + jnp.einsum("nhd,shd->snh", place, by_slot)).astype(jnp.float32)
+        scores = _float32_einsum("nhd,snhd->snh", content, self._split(keys))
+        scores = scores + _float32_einsum("nhd,shd->snh", place, by_slot)
         scores = scores * (x.shape[-1] // self.heads) ** -0.5
         weights = jax.nn.softmax(jnp.where(visible[..., None], scores, -jnp.inf), axis=0).astype(values.dtype)
         attended = jnp.einsum("snh,snhd->nhd", weights, self._split(values))

@@ -176,6 +176,9 @@ def protocol(config: Config, episodes: list[Episode], trained: Mapping[str, int]
         "environments": len(allotment(evaluation.episodes, evaluation.num_envs)),
         "allotment": "number of games per environment fixed beforehand",
         "checkpoint": f"the newest, at agent step {trained['env_steps']}, not chosen by score",
+        "latents": "sampled where the agent's paper samples them",
+        "prefill_steps": config.train.prefill_steps,
+        "updates_per_step": config.train.updates_per_step,
         "settings": dataclasses.asdict(evaluation),
         "precision": config.precision,
         "device": jax.devices()[0].device_kind,
@@ -201,7 +204,10 @@ def evaluate_directory(config: Config, make_agent: MakeAgent, make_env: MakeEnv)
     """Evaluates the newest checkpoint of `config.logdir`; returns the exit code."""
     tell = Progress()
     with Signals() as signals:
-        env = make_env(config.game, config.env, 1, 0)
+        try:
+            env = make_env(config.game, config.env, 1, 0)
+        except RuntimeError as error:
+            raise UserError(f"cannot start {config.game}: {error}") from error
         env.close()
         agent = make_agent(config, env.spec)
         shapes = OnDevice.shapes(agent, env.spec, config.env.num_envs)

@@ -9,8 +9,10 @@ counters (`Counters`). All of it goes into every checkpoint, and every random dr
 those counters alone, so a run that was killed and restarted ends where it would have ended.
 """
 
+import contextlib
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +24,7 @@ import numpy as np
 
 from twister_jax import config as configs
 from twister_jax import replay as replays
-from twister_jax.agent import Agent, Pretraining, Transition
+from twister_jax.agent import Agent, Health, Pretraining, Transition
 from twister_jax.config import Config, EnvConfig
 from twister_jax.envs.base import EnvSpec, EnvStep, VectorEnv
 from twister_jax.errors import UserError
@@ -122,6 +124,7 @@ def train(config: Config, make_agent: MakeAgent, make_env: MakeEnv) -> int:
             return signals.exit_code
         finally:
             tell.close()
+            run.finish_saving()
             run.env.close()
     return 0
 
@@ -154,7 +157,7 @@ class Run:
         self._tried_at, self._tried_steps = self.clock.seconds(), self.counters.env_steps
         self._pace: list[tuple[float, int]] = []
         self._shown: dict[str, float | None] = {}
-        self._checked: set[str] = set()
+        self._fits = False
 
     # ------------------------------------------------------------------------------------- the loop
 
@@ -289,16 +292,25 @@ class Run:
     def wait_for(self, *names: str) -> None:
         """Waits until functions are compiled. A signal is answered here, and nowhere within an iteration."""
         for name in names:
-            if name in self._checked:
-                continue
             if not self.compiled[name].ready():
                 self.tell.update(self.progress_line())
                 self.ready(name)
                 self._pace.clear()
-            memory = self.ready(name).memory_analysis()
-            if memory is not None:
-                check_memory({f"running {name}": memory.temp_size_in_bytes}, jax.devices()[0])
-            self._checked.add(name)
+        if not self._fits:
+            self._check_scratch_memory()
+            self._fits = True
+
+    def _check_scratch_memory(self) -> None:
+        """Before anything runs: what freed memory a process keeps cannot be told from memory that is gone.
+
+        Pictures are left out, so that nothing waits for their compilation.
+        """
+        updates = ["update", *(phase.name for phase in self.agent.pretraining)]
+        memory = {name: self.ready(name).memory_analysis() for name in updates}
+        scratch = {name: m.temp_size_in_bytes for name, m in memory.items() if m is not None}
+        if scratch:
+            largest = max(scratch, key=scratch.__getitem__)
+            check_memory({f"running {largest}": scratch[largest]}, jax.devices()[0])
 
     # ---------------------------------------------------------------------------------- housekeeping
 
@@ -314,7 +326,7 @@ class Run:
             counters.env_steps // train.checkpoint_every > self._tried_steps // train.checkpoint_every
             or self.clock.seconds() - self._tried_at > 60 * train.checkpoint_minutes
         ):
-            self.save()
+            self.save(wait=False)
         if self.tell.due():
             self.tell.update(self.progress_line())
         self.signals.check()
@@ -325,7 +337,7 @@ class Run:
         prefix = f"pretraining/{kind}/" if phase else ""
         values: dict[str, Any] = {prefix + name: value for name, value in self.averages[kind].means().items()}
         self.averages[kind] = Averages.empty(self.averages[kind].total)
-        health = jax.device_get(self.agent.health(self.state.agent))
+        health = self.health()
         values |= {"health/skipped": int(health.skipped), "health/longest": int(health.longest)}
         if counters.episodes:
             values["episode/score"] = float(np.mean([score for score, _ in counters.episodes]))
@@ -341,6 +353,19 @@ class Run:
         self.log.row({**where, **(phase or {}), **values})
         plotted = {**values, f"{prefix}steps_per_second": self.pace(), "updates": counters.updates}
         self.log.plot(phase["phase_updates"] if phase else counters.env_steps, plotted)
+        self.check_health()
+
+    def health(self) -> Health:
+        """Waits for the device and says how sound the updates were."""
+        return jax.device_get(self.agent.health(self.state.agent))
+
+    def check_health(self) -> None:
+        """Stops a run that diverged, before it is saved: what is on disk stays good.
+
+        Raises:
+          DivergedError: see `train.max_bad_updates`.
+        """
+        health = self.health()
         if health.longest >= self.config.train.max_bad_updates:
             raise DivergedError(
                 f"training diverged: {int(health.longest)} updates in a row were not finite, first in "
@@ -348,14 +373,26 @@ class Run:
                 f"{self.checkpointer.directory}; a lower learning rate or another seed may help"
             )
 
-    def save(self) -> bool:
+    def _keep_config(self) -> None:
+        """Writes config.json again where the directory had vanished: without it nothing could be resumed."""
+        path = self.directory / "config.json"
+        if not path.exists():
+            with contextlib.suppress(OSError):
+                self.directory.mkdir(parents=True, exist_ok=True)
+                evaluation.write_atomically(path, json.dumps(configs.to_dict(self.config), indent=2) + "\n")
+
+    def save(self, *, wait: bool = True) -> bool:
         """Writes a checkpoint, unless the newest one stands where the run stands; says whether there is one.
 
-        A disk that refuses is reported and asked again when the next checkpoint is due.
+        Without `wait` the run goes on as soon as everything is copied off the device, and the disk is written
+        meanwhile. A disk that refuses is reported and asked again when the next checkpoint is due.
         """
         self._tried_at, self._tried_steps = self.clock.seconds(), self.counters.env_steps
+        self.finish_saving()
         if self.position == self._saved_position:
             return True
+        self.check_health()
+        self._keep_config()
         self.counters.wall_seconds = self.clock.seconds()
         self.log.file.flush()
         host = {
@@ -366,15 +403,26 @@ class Run:
         }
         try:
             self.checkpointer.save(
-                self.position, Snapshot(self.state, self.replay, self.env.get_state(), host)
+                self.position, Snapshot(self.state, self.replay, self.env.get_state(), host), wait=wait
             )
         except OSError as error:
-            self.tell.say(
-                f"checkpoint at step {self.counters.env_steps:,} could not be saved ({error}); going on"
-            )
+            self._not_saved(error)
             return False
         self._saved_position = self.position
         return True
+
+    def finish_saving(self) -> None:
+        """Waits for a checkpoint that is still being written."""
+        try:
+            self.checkpointer.wait()
+        except OSError as error:
+            self._not_saved(error)
+
+    def _not_saved(self, error: OSError) -> None:
+        self._saved_position = None
+        self.tell.say(
+            f"checkpoint at step {self.counters.env_steps:,} could not be saved ({error}); going on"
+        )
 
     def evaluate(self) -> None:
         """The final evaluation, unless evaluation.json already has it."""

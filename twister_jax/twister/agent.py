@@ -1,5 +1,6 @@
 """TWISTER as one agent: init, act, update. `update` is the paper's algorithm 1, read from top to bottom."""
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -78,6 +79,7 @@ def make_networks(config: TwisterConfig, spec: EnvSpec, dtype: DTypeLike) -> Net
 def make_agent(config: Config, spec: EnvSpec) -> Agent:
     """TWISTER for one environment."""
     algorithm = config.algorithm
+    assert isinstance(algorithm, TwisterConfig)
     networks = make_networks(algorithm, spec, compute_dtype(config.precision))
     world_model_losses = tuple(loss_scales(algorithm))
 
@@ -118,7 +120,7 @@ def make_agent(config: Config, spec: EnvSpec) -> Agent:
 
         latent = jnp.where(first, model.initial_latent(), carry.latent)
         action = jnp.where(first, 0.0, carry.action)
-        ring = carry.ring.replace(visible=carry.ring.visible & ~observation.is_first)
+        ring = dataclasses.replace(carry.ring, visible=carry.ring.visible & ~observation.is_first)
         deter, ring = model.step(latent, action, ring, model.transformer.position_keys())
 
         latent = draw("posterior", model.posterior(to_float(observation.image)))
@@ -229,7 +231,6 @@ def make_agent(config: Config, spec: EnvSpec) -> Agent:
             "imagination/continue": jnp.mean(targets.continues),
             "imagination/return_scale": return_scale.scale,
             "replay/reward": jnp.mean(windows.reward),
-            **health.metrics(),
         }
         return state, replay, metrics
 

@@ -61,8 +61,9 @@ class ContrastiveHeads(nnx.Module):
     ) -> Float[Array, "step batch time size"]:
         """Query of every k at every t; those with t + k beyond the window are meaningless."""
         length = features.shape[1]
-        ahead = jnp.pad(actions, [(0, 0), (0, self.steps), (0, 0)])
-        ahead = jnp.stack([ahead[:, 1 + j : 1 + j + length] for j in range(self.steps - 1)], axis=2)
+        padded = jnp.pad(actions, [(0, 0), (0, self.steps), (0, 0)])
+        places = 1 + jnp.arange(length)[:, None] + jnp.arange(self.steps - 1)
+        ahead = padded[:, places]
         action_kernel = self.query_actions[...] * self._action_mask()
         cast = lambda x: x.astype(self.dtype)  # noqa: E731
         hidden = jnp.einsum("btf,kfs->kbts", cast(features), cast(self.query_features[...]))

@@ -6,15 +6,19 @@ parameters; `to_published` writes any tree of our parameters, gradients too, bac
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from twister_jax.config import TwisterModelConfig
 from twister_jax.envs.base import EnvSpec
 from twister_jax.errors import UserError
-from twister_jax.twister.world_model import IMAGE_SIZE
+from twister_jax.nn.networks import Networks
+from twister_jax.twister.behavior import Actor, Critic
+from twister_jax.twister.world_model import IMAGE_SIZE, WorldModel
 
 Tree = dict[Any, Any]
 Path = tuple[str | int, ...]
@@ -229,7 +233,28 @@ def load_published(
         raise UserError(f"the published weights lack {error}: are they TWISTER's?") from None
     except ValueError as error:
         raise UserError(f"the published weights do not have the configured sizes: {error}") from None
+    for group, expected in expected_shapes(config, spec).items():
+        found = jax.tree_util.tree_leaves_with_path(groups[group])
+        for (path, ours), wanted in zip(found, jax.tree.leaves(expected), strict=True):
+            if ours.shape != wanted.shape:
+                raise UserError(
+                    f"the published weights do not have the configured sizes: {group}"
+                    f"{jax.tree_util.keystr(path)} is {ours.shape} and should be {wanted.shape}"
+                )
     return groups
+
+
+def expected_shapes(config: TwisterModelConfig, spec: EnvSpec) -> dict[str, Tree]:
+    """The parameters that a model of these sizes has, as shapes."""
+    networks = Networks(
+        {
+            "world_model": partial(WorldModel, config, spec, dtype=jnp.float32),
+            "actor": partial(Actor, config, spec, dtype=jnp.float32),
+            "critic": partial(Critic, config, dtype=jnp.float32),
+        }
+    )
+    expected = jax.eval_shape(networks.init, jax.random.key(0))
+    return {**expected, "slow_critic": expected["critic"]}
 
 
 def to_published(group: str, tree: Tree, config: TwisterModelConfig) -> dict[str, np.ndarray]:

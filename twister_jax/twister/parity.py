@@ -87,9 +87,9 @@ def compare(sizes: dict[str, Any], fixture: Fixture) -> list[Row]:
     )
     sampler = GivenSampler(
         {
-            "posterior": fixture["out/wm/post_sample"],
-            "prior": fixture["out/wm/prior_sample"],
-            "augmented": fixture["out/wm/aug_post_sample"],
+            "posterior": jnp.asarray(fixture["out/wm/post_sample"]),
+            "prior": jnp.asarray(fixture["out/wm/prior_sample"]),
+            "augmented": jnp.asarray(fixture["out/wm/aug_post_sample"]),
         }
     )
     augmented = to_float(jnp.asarray(_channels_last(fixture["in/aug_image"])))

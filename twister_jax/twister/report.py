@@ -1,5 +1,7 @@
 """Pictures of what the world model sees and foresees."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
@@ -31,7 +33,8 @@ def open_loop_picture(
     seen = model.observe(posterior, windows.action, windows.is_first, KeySampler(key_observe), None)
     start = starts_of(model, seen, windows.is_first, windows.terminal)
     here = jnp.arange(batch) * length + context - 1
-    ring = start.ring.replace(
+    ring = dataclasses.replace(
+        start.ring,
         keys=tuple(x[:, here] for x in start.ring.keys),
         values=tuple(x[:, here] for x in start.ring.values),
         visible=start.ring.visible[:, here],

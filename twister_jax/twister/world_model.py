@@ -248,7 +248,7 @@ class WorldModelOutput:
     continues: Bernoulli
 
 
-def loss_scales(config: TwisterConfig) -> dict[str, Float[Array, ""]]:
+def loss_scales(config: TwisterConfig) -> dict[str, float | Float[Array, ""]]:
     """The weight of every world-model loss."""
     weights = step_weights(config.model.contrastive_steps, config.contrastive_decay)
     return {
@@ -308,7 +308,7 @@ def world_model_loss(
     }
     scales = loss_scales(config)
     chex.assert_trees_all_equal_structs(losses, scales)
-    total = sum(scales[name] * loss for name, loss in losses.items())
+    total = jnp.sum(jnp.stack([scales[name] * loss for name, loss in losses.items()]))
     return total, WorldModelOutput(losses, seen, accuracy, view, decoded, reward, continues)
 
 

@@ -1,0 +1,5 @@
+"""How close the program comes to what the machine can do: `python -m benchmarks`, one command, one table.
+
+Every section is a file with one function `run(bench)`, which adds rows to `bench.report`. What belongs to one
+agent alone is in `pieces_twister.py` and `pieces_twm.py`.
+"""

@@ -1,0 +1,82 @@
+"""The machine and the program that the numbers belong to."""
+
+import os
+import platform
+import resource
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+import jaxlib
+
+
+def describe(precision: str) -> dict[str, Any]:
+    """Processor, memory, device, versions and commit; `load` is what else the machine is busy with."""
+    device = jax.devices()[0]
+    return {
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "load": round(os.getloadavg()[0], 2),
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "backend": jax.default_backend(),
+        "precision": precision,
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(("XLA_", "JAX_", "OMP_", "MALLOC_", "LD_PRELOAD", "NVIDIA_TF32"))
+        },
+    }
+
+
+def line(machine: dict[str, Any]) -> str:
+    """`describe` as one line for people."""
+    parts = [
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB",
+        f"load {machine['load']}",
+        f"device {machine['device']} ({machine['backend']})",
+        machine["precision"],
+        f"jax {machine['jax']}",
+        f"python {machine['python']}",
+        f"commit {machine['commit']}",
+        *(f"{name}={value}" for name, value in machine["environment"].items()),
+    ]
+    return " · ".join(parts)
+
+
+def host_peak_bytes() -> int:
+    """Most memory this process ever held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def _cpu() -> str:
+    try:
+        for text in Path("/proc/cpuinfo").read_text().splitlines():
+            if text.startswith("model name"):
+                return text.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """Short hash, with a + where tracked files were changed; `unknown` outside a repository."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True, timeout=10
+        )
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--short", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

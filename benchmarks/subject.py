@@ -1,0 +1,73 @@
+"""What is measured: an agent with fresh parameters in front of a replay full of synthetic steps."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from twister_jax.agent import Agent
+from twister_jax.agents import make_agent
+from twister_jax.config import Config
+from twister_jax.envs.base import EnvSpec
+from twister_jax.randomness import Purpose, key_for
+from twister_jax.replay import Replay
+from twister_jax.training.loop import stored_steps
+
+ACTIONS = 6
+"""Of Pong: there the section loop runs the very program that the section update compiled."""
+_EPISODE = 200
+
+
+@dataclasses.dataclass
+class Subject:
+    """An agent, its state and its replay. What donates the last two puts the new ones in their place."""
+
+    config: Config
+    spec: EnvSpec
+    agent: Agent
+    state: Any
+    replay: Replay
+
+
+def make_spec(config: Config) -> EnvSpec:
+    """Atari as the configuration sees it."""
+    return EnvSpec(image_shape=(64, 64, 1 if config.env.grayscale else 3), num_actions=ACTIONS)
+
+
+def make_subject(config: Config, most_steps: int | None = None) -> Subject:
+    """An agent and a replay as large as the training loop would allocate, or of `most_steps`."""
+    spec = make_spec(config)
+    agent = make_agent(config, spec)
+    # Copies, because updates are given these buffers to reuse, and no two of them may be one.
+    state = jax.tree.map(jnp.copy, jax.jit(agent.init)(key_for(config.seed, Purpose.INIT)))
+    capacity = min(config.replay.capacity, stored_steps(config.train.steps))
+    if most_steps is not None:
+        capacity = min(capacity, most_steps)
+    return Subject(config, spec, agent, state, synthetic_replay(spec, max(capacity, agent.min_replay_steps)))
+
+
+def synthetic_replay(spec: EnvSpec, steps: int, seed: int = 0) -> Replay:
+    """A full store of one stream: noise for frames, random actions and rewards, episodes of 200 steps."""
+    rng = np.random.default_rng(seed)
+    place = np.arange(steps) % _EPISODE
+    action = np.eye(spec.num_actions, dtype=np.float32)[rng.integers(spec.num_actions, size=(1, steps))]
+    action[:, place == 0] = 0.0
+    # `jnp.array` copies: the store is donated, and must not lie in NumPy's memory.
+    return Replay(
+        frames=jnp.array(rng.integers(0, 256, (1, steps, math.prod(spec.image_shape)), dtype=np.uint8)),
+        action=jnp.array(action),
+        reward=jnp.array(np.sign(rng.normal(size=(1, steps))).astype(np.float32) * (place != 0)),
+        terminal=jnp.array((place == _EPISODE - 1)[None]),
+        is_first=jnp.array((place == 0)[None]),
+        visits=jnp.zeros((1, steps), jnp.int32),
+        inserted=jnp.full((), steps, jnp.int32),
+        image_shape=spec.image_shape,
+    )
+
+
+def update_keys(config: Config, count: int = 32) -> list[jax.Array]:
+    """Keys for updates, made beforehand."""
+    return [key_for(config.seed, Purpose.UPDATE, step) for step in range(count)]

@@ -1,0 +1,208 @@
+"""The benchmarks: their counts, their refusals, and that the whole thing runs at the smallest size."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import operations, profiling
+from benchmarks.__main__ import main
+from benchmarks.options import make_config, parse
+from benchmarks.report import Row
+from benchmarks.timing import Clock
+from twister_jax.nn.convolution import conv2d, conv2d_transpose
+
+SETTINGS = (
+    "jax_compilation_cache_dir",
+    "jax_enable_compilation_cache",
+    "jax_persistent_cache_min_compile_time_secs",
+)
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """The program turns JAX's persistent cache on; later tests get their settings back."""
+    monkeypatch.setenv("TWISTER_JAX_CACHE", str(tmp_path / "cache"))
+    before = {name: getattr(jax.config, name) for name in SETTINGS}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_debug_preset_runs_and_writes_what_is_promised(tmp_path, own_cache, capsys):
+    path = tmp_path / "out.json"
+    sections = ["peak", "update", "acting", "loop"]
+    arguments = ["--preset", "debug", "--quick", "--loop-steps", "24", "--only", *sections]
+    assert main([*arguments, "--json", str(path)]) == 0
+
+    found = json.loads(path.read_text())
+    assert found["failed"] == {}
+    assert found["seconds_per_update"] > 0
+    assert found["tokens_per_second"] == pytest.approx(2 * 16 / found["seconds_per_update"])
+    assert found["flops_per_update"] > 1e6
+    assert found["utilization"] == pytest.approx(
+        found["flops_per_update"] / found["seconds_per_update"] / found["matmul_peak_flops"]
+    )
+    assert found["published_flops_per_update"] is None  # holds at the paper's setting alone
+    assert found["machine"]["jax"] == jax.__version__
+
+    names = {(row["section"], row["name"]) for row in found["rows"]}
+    assert {
+        ("update", "compile, cold"),
+        ("update", "compile, warm"),
+        ("update", "temporary memory"),
+        ("acting", "act, 8 environments"),
+        ("acting", "host to device, per step"),
+        ("loop", "not the update, share of wall time"),
+    } <= names
+    for row in found["rows"]:
+        assert row["low"] is None or row["low"] <= row["value"] <= row["high"]
+
+    table = capsys.readouterr().out.splitlines()
+    assert len([line for line in table if line.startswith(("peak ", "update ", "acting ", "loop "))]) == len(
+        names
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--presett", "debug"], "unknown option --presett (did you mean --preset"),
+        (["--preset", "debgu"], "unknown preset 'debgu' (did you mean debug?)"),
+        (["--agent", "twn"], "unknown agent 'twn' (did you mean twm?)"),
+        (["--only", "updates"], "unknown section 'updates' (did you mean update?)"),
+        (["--all", "--only", "update"], "exclude each other"),
+        (["--repeats", "0"], "--repeats = 0: must be above 0"),
+        (["--repeats", "few"], "invalid int value: 'few'"),
+        (["--preset", "debug", "--batch-length", "2"], "algorithm.batch_length = 2: must exceed"),
+        (["--preset", "debug", "--game", "Braekout"], "unknown game 'Braekout'"),
+        (["--preset", "debug", "--precision", "half"], "precision = half: must be one of"),
+        (["--json", "/nowhere/at/all.json"], "not a file in an existing directory"),
+    ],
+)
+def test_bad_flags_are_refused_in_one_line(arguments, message, capsys):
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_sizes_reach_the_configuration():
+    sizes = ["--batch-size", "3", "--batch-length", "90", "--horizon", "5"]
+    config = make_config(parse(["--preset", "debug", *sizes]))
+    algorithm = config.algorithm
+    assert (algorithm.batch_size, algorithm.batch_length, algorithm.imagination_horizon) == (3, 90, 5)
+
+
+def traced(function, *shapes):
+    return jax.jit(function).trace(*(jnp.zeros(shape) for shape in shapes)).jaxpr
+
+
+def test_operations_of_products_and_loops():
+    assert operations.count(traced(jnp.matmul, (3, 4), (4, 5))) == 2 * 3 * 4 * 5
+    batched = traced(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (7, 3, 4), (7, 4, 5))
+    assert operations.count(batched) == 7 * 2 * 3 * 4 * 5
+
+    def rounds(x):
+        return jax.lax.scan(lambda x, _: (x @ x, None), x, None, length=6)[0]
+
+    assert operations.count(traced(rounds, (4, 4))) == 6 * 2 * 4**3
+    assert operations.count(traced(jax.jit(rounds), (4, 4))) == 6 * 2 * 4**3
+    assert operations.count(traced(jax.grad(lambda x: rounds(x).sum()), (4, 4))) == 3 * 6 * 2 * 4**3
+
+
+@pytest.mark.parametrize("operator", [conv2d, conv2d_transpose])
+def test_operations_of_a_convolution_do_not_depend_on_its_formulation(operator):
+    def count(form):
+        return operations.count(
+            traced(lambda x, k: operator(x, k, stride=2, padding=1, form=form), (2, 8, 8, 3), (4, 4, 3, 5))
+        )
+
+    pixels = 8 * 8 if operator is conv2d_transpose else 4 * 4
+    assert count("plain") == count("dense") == 2 * 2 * pixels * 4 * 4 * 3 * 5
+
+
+def test_a_clock_threads_its_carry():
+    clock = Clock(lambda x: x + 1, jnp.zeros(()), fill=0.0)
+    times = clock.take(repeats=4, budget=60)
+    assert len(times.samples) == 4
+    assert float(clock.carry) == 2 + 4 * clock.calls
+    assert 0 < times.low <= times.median <= times.high
+
+
+def test_rows_are_told_in_readable_units():
+    text = Row("update", "one update", 0.01234, "s", 0.012, 0.0131, 5, "a note").text()
+    assert text.split() == ["update", "one", "update", "12.34", "12.00", "13.10", "ms", "a", "note"]
+    assert "1.714  " in Row("update", "products", 1.714e12, "FLOP").text()
+    assert Row("update", "products", None, "FLOP", note="why").text().split() == (
+        ["update", "products", "-", "-", "-", "FLOP", "why"]
+    )
+
+
+def event(name, start, length, thread=1, process=1, **args):
+    return {"ph": "X", "pid": process, "tid": thread, "ts": start, "dur": length, "name": name, "args": args}
+
+
+def label(kind, name, process, thread=None):
+    return {"ph": "M", "pid": process, "tid": thread, "name": f"{kind}_name", "args": {"name": name}}
+
+
+def test_profile_counts_operations_without_what_runs_inside_them():
+    events = [
+        label("process", "/host:CPU", 1),
+        label("thread", "tf_XLAEigen/1", 1, 1),
+        event("while.1", 0, 10, hlo_op="while.1"),
+        event("dot.2", 1, 4, hlo_op="dot.2"),
+        event("dot.2", 5, 4, hlo_op="dot.2"),
+        event("end: dot.2", 9, 1),
+        event("dot.2", 0, 3, thread=2, hlo_op="dot.2"),
+    ]
+    seconds, calls = profiling.operation_times(events)
+    assert seconds == pytest.approx({"while.1": 2e-6, "dot.2": 11e-6})
+    assert calls == {"while.1": 1, "dot.2": 3}
+
+
+def test_profile_of_an_accelerator_reads_its_streams():
+    events = [
+        label("process", "/host:CPU", 1),
+        label("process", "/device:GPU:0", 2),
+        label("thread", "Stream #13(Compute)", 2, 13),
+        label("thread", "XLA Ops", 2, 14),
+        event("gemm_kernel", 0, 5, thread=13, process=2, hlo_op="dot.2"),
+        event("dot.2", 0, 5, thread=14, process=2, hlo_op="dot.2"),
+        event("Memset", 5, 1, thread=13, process=2),
+        event("launch", 0, 9, hlo_op="dot.2"),
+    ]
+    seconds, _ = profiling.operation_times(events)
+    assert seconds == pytest.approx({"dot.2": 5e-6, "Memset": 1e-6})
+
+
+PROGRAM = """HloModule jit_update
+
+FileNames
+1 "/home/me/site/jax/library.py"
+2 "/home/me/twister_jax/nn/layers.py"
+
+FunctionNames
+1 "dot"
+2 "Head.__call__"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=7 end_line=7 column=2 end_column=51}
+2 {file_name_id=2 function_name_id=2 line=70 end_line=70 column=2 end_column=51}
+
+StackFrames
+1 {file_location_id=2 parent_frame_id=1}
+2 {file_location_id=1 parent_frame_id=2}
+
+  %dot.1 = f32[2]{0} dot(%a, %b), metadata={op_name="jit(update)/transpose(jvp())/dot" stack_frame_id=2}
+  ROOT %copy.2 = f32[2]{0} copy(%dot.1), metadata={op_name="jit(update)/copy"}
+"""
+
+
+def test_operations_are_named_after_their_source():
+    assert profiling.source_names(PROGRAM) == {
+        "dot.1": "<- nn/layers.py:70 Head.__call__",
+        "copy.2": "copy",
+    }

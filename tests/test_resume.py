@@ -1,0 +1,70 @@
+"""The real program on a real game: killed and run again, it ends where an undisturbed run ends."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+
+from twister_jax.agents import make_agent
+from twister_jax.config import from_dict
+from twister_jax.envs import make_vector_env
+from twister_jax.training.checkpoint import Checkpointer
+from twister_jax.training.state import OnDevice
+
+SETTINGS = {
+    "game": "Breakout",
+    "preset": "debug",
+    "train.steps": 100,
+    "train.checkpoint-every": 8,
+    "train.log-every": 2,
+    "train.report-every": 0,
+    "train.tensorboard": False,
+    "evaluation.episodes": 1,
+    "evaluation.num-envs": 1,
+    "evaluation.time-limit-frames": 80,
+}
+
+
+def start(directory):
+    flags = [text for name, value in SETTINGS.items() for text in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "twister_jax", "train", *flags, "--logdir", str(directory)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def rows(directory):
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "wall_seconds"} for line in lines]
+
+
+def final_state(directory):
+    config = from_dict(json.loads((directory / "config.json").read_text()), "config.json")
+    env = make_vector_env(config.game, config.env, 1, 0)
+    shapes = OnDevice.shapes(make_agent(config, env.spec), env.spec, 1)
+    return Checkpointer(directory / "checkpoints").load_state(shapes)[0]
+
+
+def test_a_killed_run_of_the_real_agent_ends_where_an_undisturbed_one_ends(tmp_path):
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    said, _ = (process := start(undisturbed)).communicate()
+    assert process.returncode == 0, said
+
+    for wanted in (2, 5):  # rows after which the process is killed
+        process = start(killed)
+        metrics = killed / "metrics.jsonl"
+        while process.poll() is None and not (metrics.exists() and len(rows(killed)) >= wanted):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    said, _ = (process := start(killed)).communicate()
+    assert process.returncode == 0, said
+    assert "resuming" in said
+
+    assert rows(killed) == rows(undisturbed)
+    jax.tree.map(np.testing.assert_array_equal, final_state(killed), final_state(undisturbed))
+    scores = [json.loads((d / "evaluation.json").read_text())["scores"] for d in (killed, undisturbed)]
+    assert scores[0] == scores[1]
