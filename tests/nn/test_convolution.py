@@ -72,7 +72,7 @@ def test_transposed_layers(layer):
 sizes = st.integers(1, 9)
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=6)
 @given(
     st.integers(1, 3),
     sizes,
@@ -87,7 +87,7 @@ def test_any_convolution(n, h, w, kh, kw, stride, padding):
     compare(conv2d, (n, h, w, 2), (kh, kw, 2, 3), stride, padding)
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=6)
 @given(
     st.integers(1, 3),
     sizes,

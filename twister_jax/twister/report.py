@@ -4,10 +4,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, PRNGKeyArray, UInt8
 
 from twister_jax.agent import Transition
 from twister_jax.nn.distributions import KeySampler
+from twister_jax.pictures import tile
 from twister_jax.twister.behavior import starts_of
 from twister_jax.twister.world_model import WorldModel, to_float
 
@@ -57,11 +58,3 @@ def open_loop_picture(
     imagined = jnp.concatenate([reconstructed[:, :context], foreseen], axis=1)
     rows = jnp.stack([images[:, :columns], reconstructed, imagined], axis=1)
     return tile(rows.reshape(batch * 3, *rows.shape[2:]))
-
-
-def tile(images: Float[Array, "row column height width channel"]) -> UInt8[Array, "height width 3"]:
-    """One picture of a grid of images in [−0.5, 0.5]; grey ones become RGB."""
-    rows, columns, height, width, channels = images.shape
-    grid = images.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
-    grid = jnp.clip((grid + 0.5) * 255.0, 0, 255).astype(jnp.uint8)
-    return jnp.broadcast_to(grid, (*grid.shape[:2], 3))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, UInt8
 
-from twister_jax.twister.report import tile
+from twister_jax.pictures import tile
 from twister_jax.twm.dynamics import Dynamics
 from twister_jax.twm.observation import ObservationModel, flat, to_float
 from twister_jax.twm.windows import Windows
