@@ -5,7 +5,7 @@
 #
 # First bfloat16 with a profile, then float32, then a real paper run on Pong for the minutes that are left.
 # Results go to $OUT (default benchmarks/out), one flat folder, and are rewritten after every section, so that
-# what is cut off costs only itself.
+# what is cut off costs only itself: a JSON file for each part, all tables, the trace, and the run's metrics.
 #   PYTHON   the Python that has JAX (default .venv/bin/python, else python3)
 #   WHEELS   a folder of wheels of what that Python lacks; installed into a folder of their own first
 #   AGENT    twister or twm
@@ -28,6 +28,7 @@ left() { echo $((ends - $(date +%s))); }
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 mkdir -p "$OUT"
+: >"$OUT/tables.txt"
 
 if [ -n "${WHEELS:-}" ]; then
   "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$scratch/site" "$WHEELS"/*.whl ||
@@ -47,7 +48,7 @@ bench() {
   # shellcheck disable=SC2086
   timeout --kill-after=10 "$seconds" "$PYTHON" -m benchmarks --agent "$AGENT" --preset "$PRESET" $QUICK \
     --minutes "$(awk "BEGIN { print $seconds * 0.8 / 60 }")" --budget 10 --json "$OUT/$name.json" "$@" 2>&1 |
-    tee "$OUT/$name.txt"
+    tee -a "$OUT/tables.txt"
 }
 
 share() { echo $((MINUTES * 60 * $1 / 100)); }
@@ -63,7 +64,7 @@ seconds=$(($(left) - 15))
 if [ "$seconds" -gt 20 ]; then
   echo "== a real run on Pong for $seconds s"
   timeout --signal=TERM --kill-after=10 "$seconds" "$PYTHON" -m twister_jax train --agent "$AGENT" --game Pong \
-    --preset "$PRESET" --logdir "$scratch/run" 2>&1 | tee "$OUT/pong.txt"
+    --preset "$PRESET" --logdir "$scratch/run" 2>&1 | tee -a "$OUT/tables.txt"
   cp "$scratch/run/metrics.jsonl" "$OUT/pong-metrics.jsonl" 2>/dev/null
 fi
 echo "== results in $OUT: $(ls "$OUT" | tr '\n' ' ')"

@@ -70,7 +70,7 @@ def _measure(bench: "Bench", name: str, config: Config, seeds: int) -> float:
     clock = Clock(step, (*arguments[:2], None, arguments[2]), bench.fill)
     left = bench.options.budget - (time.perf_counter() - started)
     times = clock.take(bench.options.repeats, left)
-    report.time(SECTION, name, times, f"compiled in {program.seconds:.3g} s")
+    report.time(SECTION, name, times, f"compiled, or found in the cache, in {program.seconds:.3g} s")
     report.rate(SECTION, f"{name}, tokens", tokens, times, "tokens/s")
     report.add(SECTION, f"{name}, temporary memory", program.temp_bytes, "B")
     return times.median

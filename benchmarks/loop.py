@@ -87,7 +87,7 @@ def run(bench: "Bench") -> None:
             finally:
                 run.tell.close()
                 run.env.close()
-    _tell(bench, run.marks, update, started)
+    tell(bench, run.marks, update, started)
 
 
 def undisturbed(config: Config, directory: str, overrides: dict[str, Any]) -> Config:
@@ -116,7 +116,8 @@ def _update_times(bench: "Bench", run: Run) -> Times:
     return clock.take(bench.options.repeats, bench.options.budget)
 
 
-def _tell(bench: "Bench", marks: list[Mark], update: Times, started: float) -> None:
+def tell(bench: "Bench", marks: list[Mark], update: Times, started: float) -> None:
+    """Rows from the times at which iterations began, and from the update timed alone."""
     report = bench.report
     counted = [mark for mark in marks if mark.updates > 0][_WARM_UP:]
     report.add(

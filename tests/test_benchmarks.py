@@ -1,16 +1,17 @@
 """The benchmarks: their counts, their refusals, and that the whole thing runs at the smallest size."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import operations, profiling
+from benchmarks import loop, operations, profiling
 from benchmarks.__main__ import main
-from benchmarks.options import make_config, parse
-from benchmarks.report import Row
-from benchmarks.timing import Clock
+from benchmarks.options import SECTIONS, make_config, parse
+from benchmarks.report import Report, Row
+from benchmarks.timing import Clock, Times
 from twister_jax.nn.convolution import conv2d, conv2d_transpose
 
 SETTINGS = (
@@ -32,8 +33,8 @@ def own_cache(tmp_path, monkeypatch):
 
 def test_debug_preset_runs_and_writes_what_is_promised(tmp_path, own_cache, capsys):
     path = tmp_path / "out.json"
-    sections = ["peak", "update", "acting", "loop"]
-    arguments = ["--preset", "debug", "--quick", "--loop-steps", "24", "--only", *sections]
+    sections = ["peak", "update"]
+    arguments = ["--preset", "debug", "--quick", "--only", *sections]
     assert main([*arguments, "--json", str(path)]) == 0
 
     found = json.loads(path.read_text())
@@ -52,17 +53,35 @@ def test_debug_preset_runs_and_writes_what_is_promised(tmp_path, own_cache, caps
         ("update", "compile, cold"),
         ("update", "compile, warm"),
         ("update", "temporary memory"),
-        ("acting", "act, 8 environments"),
-        ("acting", "host to device, per step"),
-        ("loop", "not the update, share of wall time"),
     } <= names
     for row in found["rows"]:
         assert row["low"] is None or row["low"] <= row["value"] <= row["high"]
 
     table = capsys.readouterr().out.splitlines()
-    assert len([line for line in table if line.startswith(("peak ", "update ", "acting ", "loop "))]) == len(
-        names
-    )
+    assert len([line for line in table if line.startswith(("peak ", "update "))]) == len(names)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("agent", ["twister", "twm"])
+def test_every_section_runs_for_both_agents(agent, tmp_path, own_cache):
+    path = tmp_path / "out.json"
+    arguments = ["--agent", agent, "--preset", "debug", "--quick", "--all", "--loop-steps", "24"]
+    assert main([*arguments, "--json", str(path), "--profile", str(tmp_path / "trace")]) == 0
+    found = json.loads(path.read_text())
+    assert {row["section"] for row in found["rows"]} == {*SECTIONS, "profile"}
+    assert found["failed"] == {}
+
+
+def test_the_loop_is_told_apart_from_its_updates():
+    """Half an update to a step: of 0.5 s a step 0.3 s are updates."""
+    report = Report({}, {}, None)
+    bench = SimpleNamespace(report=report, config=make_config(parse(["--preset", "debug"])), options=None)
+    marks = [loop.Mark(0.5 * step, step, step // 2) for step in range(12)]
+    loop.tell(bench, marks, Times((0.6,)), started=-3.0)
+    values = {row.name: row.value for row in report.rows}
+    assert values["start to first update"] == 3.0
+    assert values["wall time per environment step"] == pytest.approx(0.5)
+    assert values["not the update, per environment step"] == pytest.approx(0.2, abs=0.1)
 
 
 @pytest.mark.parametrize(

@@ -493,12 +493,15 @@ def test_a_kill_at_any_instant_of_a_save_leaves_the_old_or_the_new(full, tmp_pat
         if not hit:
             break
         names.update(hit)
+        # Orbax writes a file more or less from one time to the next, so which call publishes varies.
+        published = max(run.checkpointer.steps())
         found.append(run.restore())
-        assert run.save() == found[-1] + 3  # and the run goes on
+        assert found[-1] == published
+        assert run.save() == published + 3  # and the run goes on
         shutil.rmtree(run.directory)
     assert {"rename", "fsync", "unlink", "mkdir", "open"} <= names
-    assert found == sorted(found)
     assert set(found) == {12, 15}
+    assert (found[0], found[-1]) == (12, 15)
 
 
 def test_a_kill_at_any_instant_of_a_restart_leaves_it_as_it_was(two, tmp_path, monkeypatch):
