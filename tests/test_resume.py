@@ -8,6 +8,7 @@ import time
 
 import jax
 import numpy as np
+import pytest
 
 from twister_jax.agents import make_agent
 from twister_jax.config import from_dict
@@ -27,10 +28,14 @@ SETTINGS = {
     "evaluation.num-envs": 1,
     "evaluation.time-limit-frames": 80,
 }
+# Rows of metrics.jsonl after which the process is killed; TWM's first ones are those of its pre-training.
+KILLS = {"twister": (2, 5), "twm": (3, 32)}
+OF_AGENT = {"twister": {}, "twm": {"train.prefill-steps": 40}}
 
 
-def start(directory):
-    flags = [text for name, value in SETTINGS.items() for text in (f"--{name}", str(value))]
+def start(agent, directory):
+    settings = {"agent": agent, **SETTINGS, **OF_AGENT[agent]}
+    flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "twister_jax", "train", *flags, "--logdir", str(directory)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -40,6 +45,11 @@ def rows(directory):
     return [{k: v for k, v in json.loads(line).items() if k != "wall_seconds"} for line in lines]
 
 
+def final_visits(directory):
+    newest = max((directory / "checkpoints").glob("[0-9]*"))
+    return np.load(newest / "visits.npy")
+
+
 def final_state(directory):
     config = from_dict(json.loads((directory / "config.json").read_text()), "config.json")
     env = make_vector_env(config.game, config.env, 1, 0)
@@ -47,24 +57,28 @@ def final_state(directory):
     return Checkpointer(directory / "checkpoints").load_state(shapes)[0]
 
 
-def test_a_killed_run_of_the_real_agent_ends_where_an_undisturbed_one_ends(tmp_path):
+@pytest.mark.parametrize("agent", ["twister", "twm"])
+def test_a_killed_run_of_the_real_agent_ends_where_an_undisturbed_one_ends(agent, tmp_path):
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    said, _ = (process := start(undisturbed)).communicate()
+    said, _ = (process := start(agent, undisturbed)).communicate()
     assert process.returncode == 0, said
 
-    for wanted in (2, 5):  # rows after which the process is killed
-        process = start(killed)
+    for wanted in KILLS[agent]:
+        process = start(agent, killed)
         metrics = killed / "metrics.jsonl"
         while process.poll() is None and not (metrics.exists() and len(rows(killed)) >= wanted):
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-    said, _ = (process := start(killed)).communicate()
+    said, _ = (process := start(agent, killed)).communicate()
     assert process.returncode == 0, said
     assert "resuming" in said
 
     assert rows(killed) == rows(undisturbed)
     jax.tree.map(np.testing.assert_array_equal, final_state(killed), final_state(undisturbed))
+    visits = final_visits(undisturbed)
+    np.testing.assert_array_equal(final_visits(killed), visits)
+    assert np.any(visits) == (agent == "twm")  # only balanced sampling counts
     scores = [json.loads((d / "evaluation.json").read_text())["scores"] for d in (killed, undisturbed)]
     assert scores[0] == scores[1]

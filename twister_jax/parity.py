@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from numpy.typing import ArrayLike
 
 from twister_jax.errors import UserError
@@ -43,16 +45,18 @@ def relative_error(ours: ArrayLike, theirs: ArrayLike, rounding: float = 0.0) ->
     return difference / norm if norm else difference
 
 
-def gradient_rows(fixture: Fixture, group: str, ours: dict[str, np.ndarray]) -> list[Row]:
+def gradient_rows(
+    fixture: Fixture, group: str, ours: dict[str, np.ndarray], dtype: DTypeLike = np.float32
+) -> list[Row]:
     """Compares gradients, given under their published names and layouts, with a fixture's `grad/GROUP/…`.
 
     Some gradients vanish: a bias on all keys of an attention moves every score alike. What a fixture holds
-    for those is float32 rounding of the whole gradient, which is what they are measured against.
+    for those is rounding of the whole gradient, which is what they are measured against.
     """
     rows = []
     prefix = f"grad/{group}/"
     norms = [value for key, value in fixture.items() if key.startswith(prefix) and key.endswith("#l2norm")]
-    rounding = float(np.finfo(np.float32).eps * np.linalg.norm(norms))
+    rounding = float(jnp.finfo(dtype).eps * np.linalg.norm(norms))
     for key in fixture:
         if not key.startswith(prefix):
             continue
@@ -85,8 +89,11 @@ def load(path: Path) -> tuple[dict, Fixture]:
     return json.loads(str(fixture.pop("config_json"))), fixture
 
 
-def check(path: Path) -> list[Row]:
-    """Recomputes a fixture with this project's functions, in float32, and compares every quantity."""
+def check(path: Path, dtype: DTypeLike = np.float32) -> list[Row]:
+    """Recomputes a fixture with this project's functions and compares every quantity.
+
+    The tolerances are for products in float32; another `dtype` shows what its rounding does.
+    """
     sizes, fixture = load(path)
     if any(name.startswith("param/rssm.") for name in fixture):
         from twister_jax.twister.parity import compare
@@ -96,7 +103,7 @@ def check(path: Path) -> list[Row]:
         raise UserError(f"{path} is no parity fixture: it has no 'param/…' arrays")
     try:
         with jax.default_matmul_precision("highest"):
-            return compare(sizes, fixture)
+            return compare(sizes, fixture, dtype)
     except KeyError as error:
         raise UserError(f"{path} is an incomplete fixture: it lacks {error}") from None
 

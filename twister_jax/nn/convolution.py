@@ -269,10 +269,23 @@ def _dense_transpose_forward(x, kernel, stride, padding):
 
 
 def _dense_transpose_backward(stride, padding, saved, dy):
+    """Both gradients are made of the same patches of dy, `_values` and `_kernel_gradient` of it in one."""
     x, kernel = saved
-    swapped = kernel.swapaxes(2, 3)
-    dkernel = _kernel_gradient(dy, x, kernel.shape[:2], stride, padding)
-    return _values(dy, swapped, stride, padding), dkernel.swapaxes(2, 3).astype(kernel.dtype)
+    kh, kw, d, c = kernel.shape
+    matrix = kernel.swapaxes(2, 3).reshape(-1, d)
+
+    def chunk(total, xy):
+        x, dy = xy
+        patches = _patches(dy, (kh, kw), stride, padding)
+        dx = jnp.matmul(patches, matrix, preferred_element_type=jnp.float32).astype(dy.dtype)
+        flat = patches.reshape(-1, matrix.shape[0])
+        return total + jnp.matmul(x.reshape(-1, d).T, flat, preferred_element_type=jnp.float32), dx
+
+    size = _chunk_size(x.shape[0], 4 * x.shape[1] * x.shape[2] * matrix.shape[0])
+    zero = jnp.zeros((d, matrix.shape[0]), jnp.float32)
+    total, dx = jax.lax.scan(chunk, zero, (_chunks(x, size), _chunks(dy, size)))
+    dkernel = jnp.moveaxis(total.reshape(d, kh, kw, c), 0, 2)
+    return dx.reshape(x.shape), dkernel.astype(kernel.dtype)
 
 
 _dense_transpose.defvjp(_dense_transpose_forward, _dense_transpose_backward)

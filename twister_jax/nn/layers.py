@@ -1,7 +1,9 @@
 """The small parts that networks are made of: initialisers, norms and multi-layer perceptrons."""
 
 from collections.abc import Callable
+from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -26,10 +28,28 @@ def uniform_fan_in(fan_in: int) -> Initializer:
     return init
 
 
-def pytorch_linear(features_in: int, features_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
+def add_bias(x: Array, bias: Array) -> Array:
+    """x + bias in the type of x, the sum and the bias's gradient taken in float32.
+
+    That gradient is a sum over every row and pixel: in bfloat16 it stops growing after a few hundred of them.
+    """
+    return (x.astype(jnp.float32) + bias).astype(x.dtype)
+
+
+class Linear(nnx.Linear):
+    """`nnx.Linear` with products in `dtype` and the bias added by `add_bias`."""
+
+    def __call__(self, inputs: Float[Array, "*batch inputs"], out_sharding=None) -> Array:
+        """Returns [*batch, outputs] in `dtype`."""
+        kernel = self.kernel[...].astype(self.dtype)
+        y = jnp.matmul(inputs.astype(self.dtype), kernel, out_sharding=out_sharding)
+        return y if self.bias is None else add_bias(y, self.bias[...])
+
+
+def pytorch_linear(features_in: int, features_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Linear:
     """A linear layer whose weight and bias start uniform in ±1/sqrt(fan_in)."""
     init = uniform_fan_in(features_in)
-    return nnx.Linear(features_in, features_out, kernel_init=init, bias_init=init, dtype=dtype, rngs=rngs)
+    return Linear(features_in, features_out, kernel_init=init, bias_init=init, dtype=dtype, rngs=rngs)
 
 
 def layer_norm(features: int, epsilon: float, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -37,27 +57,78 @@ def layer_norm(features: int, epsilon: float, *, dtype: DTypeLike, rngs: nnx.Rng
     return nnx.LayerNorm(features, epsilon=epsilon, dtype=dtype, rngs=rngs)
 
 
+def norm_silu(norm: nnx.LayerNorm, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+    """silu(norm(x)), inside in float32, without keeping anything of x's size but x for the gradient.
+
+    Left to itself, XLA's CPU backend writes out what enters and leaves every sum over features; written as
+    one sum of two things, both ways stay single passes over memory.
+    """
+    assert norm.scale is not None
+    assert norm.bias is not None
+    scale, bias = norm.scale[...], norm.bias[...]
+    chex.assert_shape([scale, bias], x.shape[-1:])
+    return _norm_silu(x, scale, bias, norm.epsilon).astype(norm.dtype or x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _norm_silu(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
+    return _norm_silu_forward(x, scale, bias, epsilon)[0]
+
+
+def _norm_silu_forward(x, scale, bias, epsilon):
+    wide = x.astype(jnp.float32)
+    mean, mean_square = _feature_means(wide, wide * wide)
+    root = jax.lax.rsqrt(jnp.maximum(0.0, mean_square - mean * mean) + epsilon)
+    y = jax.nn.silu((wide - mean) * (root * scale) + bias)
+    return y.astype(x.dtype), (x, scale, bias, mean, root)
+
+
+def _norm_silu_backward(epsilon, saved, dy):
+    x, scale, bias, mean, root = saved
+    unit = (x.astype(jnp.float32) - mean) * root
+    normed = unit * scale + bias
+    gate = jax.nn.sigmoid(normed)
+    dnormed = dy.astype(jnp.float32) * gate * (1.0 + normed * (1.0 - gate))
+    dunit = dnormed * scale
+    along_one, along_unit = _feature_means(dunit, dunit * unit)
+    dx = root * (dunit - along_one - unit * along_unit)
+    rows = tuple(range(x.ndim - 1))
+    return dx.astype(x.dtype), jnp.sum(dnormed * unit, rows), jnp.sum(dnormed, rows)
+
+
+_norm_silu.defvjp(_norm_silu_forward, _norm_silu_backward)
+
+
+def _feature_means(a: Array, b: Array) -> tuple[Array, Array]:
+    """Means over the last axis, which stays with size 1, of two arrays in one reduction."""
+    zero = jnp.zeros((), a.dtype)
+    sums = jax.lax.reduce(
+        (a, b), (zero, zero), lambda x, y: (x[0] + y[0], x[1] + y[1]), dimensions=(a.ndim - 1,)
+    )
+    return sums[0][..., None] / a.shape[-1], sums[1][..., None] / a.shape[-1]
+
+
 class NormedLinear(nnx.Module):
-    """Linear without bias, then LayerNorm (eps 1e-3), then the activation if any."""
+    """Linear without bias, then LayerNorm (eps 1e-3), then SiLU unless `activate` is False."""
 
     def __init__(
         self,
         features_in: int,
         features_out: int,
         *,
-        activation: Callable[[Array], Array] | None = jax.nn.silu,
+        activate: bool = True,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        self.linear = nnx.Linear(
+        self.linear = Linear(
             features_in, features_out, use_bias=False, kernel_init=trunk_init, dtype=dtype, rngs=rngs
         )
         self.norm = layer_norm(features_out, 1e-3, dtype=dtype, rngs=rngs)
-        self.activation = activation
+        self.activate = activate
 
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
-        x = self.norm(self.linear(x))
-        return x if self.activation is None else self.activation(x)
+        x = self.linear(x)
+        return norm_silu(self.norm, x) if self.activate else self.norm(x)
 
 
 class Head(nnx.Module):
@@ -82,7 +153,7 @@ class Head(nnx.Module):
                 NormedLinear(hidden_size, hidden_size, dtype=dtype, rngs=rngs),
             ]
         )
-        self.output = nnx.Linear(hidden_size, outputs, kernel_init=output_init, dtype=dtype, rngs=rngs)
+        self.output = Linear(hidden_size, outputs, kernel_init=output_init, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch outputs"]:
         for layer in self.trunk:

@@ -11,7 +11,7 @@ from flax import nnx, struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from twister_jax.nn.layers import layer_norm, pytorch_linear
+from twister_jax.nn.layers import add_bias, layer_norm, pytorch_linear
 
 KeysValues = tuple[
     tuple[Float[Array, "batch time hidden"], ...], tuple[Float[Array, "batch time hidden"], ...]
@@ -125,8 +125,8 @@ class Block(nnx.Module):
     ) -> tuple[Array, Array, Array]:
         """Whole windows. Returns the output, and this block's keys and values, all [batch, time, hidden]."""
         query, key, value = self.query(x), self.key(x), self.value(x)
-        content = self._split(query + self.u[...].astype(query.dtype))
-        place = self._split(query + self.v[...].astype(query.dtype))
+        content = self._split(add_bias(query, self.u[...]))
+        place = self._split(add_bias(query, self.v[...]))
         scores = _float32_einsum("bihd,bjhd->bhij", content, self._split(key))
         by_distance = _float32_einsum("bihd,rhd->bhir", place, self.position_keys(context))
         scores = scores + by_distance_to_by_key(by_distance)
@@ -149,8 +149,8 @@ class Block(nnx.Module):
         query = self.query(x)
         keys = jax.lax.dynamic_update_index_in_dim(keys, self.key(x).astype(keys.dtype), slot, axis=0)
         values = jax.lax.dynamic_update_index_in_dim(values, self.value(x).astype(values.dtype), slot, axis=0)
-        content = self._split(query + self.u[...].astype(query.dtype))
-        place = self._split(query + self.v[...].astype(query.dtype))
+        content = self._split(add_bias(query, self.u[...]))
+        place = self._split(add_bias(query, self.v[...]))
         slots = keys.shape[0]
         by_slot = position_keys[(slot - jnp.arange(slots)) % slots]
         scores = _float32_einsum("nhd,snhd->snh", content, self._split(keys))

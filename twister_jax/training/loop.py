@@ -244,9 +244,11 @@ class Run:
 
     def store(self, action: Any, step: EnvStep) -> None:
         """Puts a step into the replay."""
-        parts = (step.image, action, step.reward, step.terminal, step.is_first)
-        self.replay = _insert(self.replay, Transition(*map(jnp.asarray, parts)))
-        self.state = dataclasses.replace(self.state, observation=observe(step))
+        observation = observe(step)  # the frames travel once
+        action, reward, terminal = map(jnp.asarray, (action, step.reward, step.terminal))
+        transition = Transition(observation.image, action, reward, terminal, observation.is_first)
+        self.replay = _insert(self.replay, transition)
+        self.state = dataclasses.replace(self.state, observation=observation)
 
     # ------------------------------------------------------------------------------- where it stands
 

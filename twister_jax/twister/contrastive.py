@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from twister_jax.nn.layers import uniform_fan_in
+from twister_jax.nn.layers import add_bias, uniform_fan_in
 
 
 class ContrastiveHeads(nnx.Module):
@@ -78,7 +78,7 @@ class ContrastiveHeads(nnx.Module):
 
     def _finish(self, hidden: Array, bias: nnx.Param, output: nnx.Param, output_bias: nnx.Param) -> Array:
         def add(x: Array, b: nnx.Param) -> Array:
-            return jax.nn.elu(x + b[...].astype(self.dtype)[:, None, None])
+            return jax.nn.elu(add_bias(x, b[...][:, None, None]))
 
         hidden = add(hidden, bias)
         return add(jnp.einsum("kbts,kso->kbto", hidden, output[...].astype(self.dtype)), output_bias)

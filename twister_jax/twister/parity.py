@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from twister_jax.agent import Transition
 from twister_jax.config import TwisterConfig, TwisterModelConfig
@@ -55,11 +56,11 @@ def config_of(sizes: dict[str, Any]) -> TwisterConfig:
     )
 
 
-def compare(sizes: dict[str, Any], fixture: Fixture) -> list[Row]:
-    """Every loss, listed output and gradient of the fixture."""
+def compare(sizes: dict[str, Any], fixture: Fixture, dtype: DTypeLike) -> list[Row]:
+    """Every loss, listed output and gradient of the fixture, with matrix products in `dtype`."""
     config = config_of(sizes)
     spec = EnvSpec(image_shape=(64, 64, 3), num_actions=sizes["num_actions"])
-    networks = make_networks(config, spec, jnp.dtype(jnp.float32))
+    networks = make_networks(config, spec, jnp.dtype(dtype))
     weights = {
         name.removeprefix("param/"): value.astype(np.float32)
         for name, value in fixture.items()
@@ -127,7 +128,7 @@ def compare(sizes: dict[str, Any], fixture: Fixture) -> list[Row]:
     agree("out/wm/recon_first_two_steps", _channels_first(out.decoded[:, :2]))
     agree("out/wm/initial_deter", params["world_model"]["initial_deter"].reshape(1, 1, -1))
     agree("out/wm/initial_stoch", initial.reshape(fixture["out/wm/initial_stoch"].shape))
-    rows += gradient_rows(fixture, "wm", to_published("world_model", gradients, config.model))
+    rows += gradient_rows(fixture, "wm", to_published("world_model", gradients, config.model), dtype)
 
     # Behaviour, with the same weights.
     noise = {
@@ -189,8 +190,8 @@ def compare(sizes: dict[str, Any], fixture: Fixture) -> list[Row]:
     agree("out/ac/perc_high", targets.return_scale.high)
     agree("out/ac/actor_loss", actor_value)
     agree("out/ac/critic_loss", critic)
-    rows += gradient_rows(fixture, "actor", to_published("actor", actor_gradients, config.model))
-    rows += gradient_rows(fixture, "critic", to_published("critic", critic_gradients, config.model))
+    rows += gradient_rows(fixture, "actor", to_published("actor", actor_gradients, config.model), dtype)
+    rows += gradient_rows(fixture, "critic", to_published("critic", critic_gradients, config.model), dtype)
     return rows
 
 

@@ -19,7 +19,7 @@ from twister_jax.config import TwisterConfig, TwisterModelConfig
 from twister_jax.envs.base import EnvSpec
 from twister_jax.nn.convolution import conv2d, conv2d_transpose
 from twister_jax.nn.distributions import Bernoulli, OneHot, Sampler, SymlogTwoHot
-from twister_jax.nn.layers import Head, NormedLinear, layer_norm, logits_init, trunk_init
+from twister_jax.nn.layers import Head, Linear, NormedLinear, layer_norm, logits_init, norm_silu, trunk_init
 from twister_jax.nn.transformer import KeysValues, Ring, Transformer
 from twister_jax.twister.augment import random_resized_crop
 from twister_jax.twister.contrastive import ContrastiveHeads, info_nce, step_weights
@@ -45,7 +45,7 @@ class Encoder(nnx.Module):
             [nnx.Param(trunk_init(rngs.params(), (4, 4, a, b))) for a, b in itertools.pairwise(widths)]
         )
         self.norms = nnx.List([layer_norm(width, 1e-3, dtype=dtype, rngs=rngs) for width in widths[1:]])
-        self.logits = nnx.Linear(
+        self.logits = Linear(
             widths[-1] * (IMAGE_SIZE // 16) ** 2,
             config.stoch_groups * config.stoch_classes,
             kernel_init=logits_init,
@@ -59,7 +59,7 @@ class Encoder(nnx.Module):
         """Logits for images in [−0.5, 0.5]."""
         x = images.reshape(-1, *images.shape[-3:]).astype(self.dtype)
         for kernel, norm in zip(self.kernels, self.norms, strict=True):
-            x = jax.nn.silu(norm(conv2d(x, kernel[...].astype(self.dtype), stride=2, padding=1)))
+            x = norm_silu(norm, conv2d(x, kernel[...].astype(self.dtype), stride=2, padding=1))
         logits = self.logits(x.reshape(x.shape[0], -1)).astype(jnp.float32)
         return logits.reshape(*images.shape[:-3], *self.latent)
 
@@ -71,7 +71,7 @@ class Decoder(nnx.Module):
         self.dtype = dtype
         widths = [config.cnn_channels * 2**i for i in (3, 2, 1, 0)] + [channels_out]
         self.start = (IMAGE_SIZE // 16, IMAGE_SIZE // 16, widths[0])
-        self.project = nnx.Linear(
+        self.project = Linear(
             config.stoch_groups * config.stoch_classes,
             widths[0] * (IMAGE_SIZE // 16) ** 2,
             kernel_init=logits_init,
@@ -94,7 +94,7 @@ class Decoder(nnx.Module):
         for index, kernel in enumerate(self.kernels):
             x = conv2d_transpose(x, kernel[...].astype(self.dtype), stride=2, padding=1)
             if index < len(self.norms):
-                x = jax.nn.silu(self.norms[index](x))
+                x = norm_silu(self.norms[index], x)
         x = x.astype(jnp.float32) + self.bias[...]
         return x.reshape(*latent.shape[:-1], *x.shape[1:])
 
@@ -131,7 +131,7 @@ class WorldModel(nnx.Module):
         self.action_mixer = nnx.List(
             [
                 NormedLinear(latent + spec.num_actions, hidden, dtype=dtype, rngs=rngs),
-                NormedLinear(hidden, hidden, activation=None, dtype=dtype, rngs=rngs),
+                NormedLinear(hidden, hidden, activate=False, dtype=dtype, rngs=rngs),
             ]
         )
         self.transformer = Transformer(
@@ -143,7 +143,7 @@ class WorldModel(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        self.prior_logits = nnx.Linear(hidden, latent, kernel_init=logits_init, dtype=dtype, rngs=rngs)
+        self.prior_logits = Linear(hidden, latent, kernel_init=logits_init, dtype=dtype, rngs=rngs)
         zeros = nnx.initializers.zeros_init()
         self.reward_head = Head(features, hidden, config.num_bins, output_init=zeros, dtype=dtype, rngs=rngs)
         self.continue_head = Head(features, hidden, 1, output_init=logits_init, dtype=dtype, rngs=rngs)

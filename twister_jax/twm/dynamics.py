@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from twister_jax.config import TwmConfig, TwmModelConfig
 from twister_jax.nn.distributions import Bernoulli, OneHot
-from twister_jax.nn.layers import layer_norm, uniform_fan_in
+from twister_jax.nn.layers import Linear, add_bias, layer_norm, uniform_fan_in
 from twister_jax.nn.transformer import sinusoids
 from twister_jax.twm.networks import Mlp
 
@@ -121,9 +121,9 @@ class Block(nnx.Module):
         self.heads = config.attention_heads
         self.scale = hidden**-0.5
 
-        def linear(features_in: int, features_out: int, use_bias: bool) -> nnx.Linear:
+        def linear(features_in: int, features_out: int, use_bias: bool) -> Linear:
             init = uniform_fan_in(features_in)
-            return nnx.Linear(
+            return Linear(
                 features_in,
                 features_out,
                 use_bias=use_bias,
@@ -260,7 +260,7 @@ class Dynamics(nnx.Module):
         return block.finish(x[:, queries], attended, dropout)
 
     def _biased(self, query: Float[Array, "batch head query size"], bias: nnx.Param):
-        return query + bias[...][:, None].astype(query.dtype)
+        return add_bias(query, bias[...][:, None])
 
     def _embed(self, latent, action):
         embedding = self.embed_action[...].astype(self.dtype)

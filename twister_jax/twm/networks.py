@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from twister_jax.nn.layers import Initializer
+from twister_jax.nn.layers import Initializer, Linear
 
 he_uniform: Initializer = nnx.initializers.variance_scaling(2.0, "fan_in", "uniform")
 """Uniform in ±sqrt(6 / fan_in), before a SiLU."""
@@ -42,7 +42,7 @@ class Mlp(nnx.Module):
         last = len(widths) - 2
         self.layers = nnx.List(
             [
-                nnx.Linear(
+                Linear(
                     features_in,
                     features_out,
                     kernel_init=output_init if index == last and not after else hidden_init,

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, UInt8
 from twister_jax.config import TwmConfig, TwmModelConfig
 from twister_jax.nn.convolution import conv2d, conv2d_transpose
 from twister_jax.nn.distributions import OneHot
-from twister_jax.nn.layers import uniform_fan_in
+from twister_jax.nn.layers import add_bias, uniform_fan_in
 from twister_jax.twm.networks import Mlp, he_uniform
 
 IMAGE_SIZE = 64
@@ -51,7 +51,7 @@ class Encoder(nnx.Module):
         x = frames.reshape(-1, *frames.shape[-3:]).astype(self.dtype)
         for kernel, bias in zip(self.kernels, self.biases, strict=True):
             x = conv2d(x, kernel[...].astype(self.dtype), stride=2, padding=0)
-            x = jax.nn.silu(x + bias[...].astype(self.dtype))
+            x = jax.nn.silu(add_bias(x, bias[...]))
         logits = self.mlp(x.reshape(x.shape[0], -1))
         return OneHot.of(logits.reshape(*frames.shape[:-3], *self.latent))
 
@@ -80,10 +80,10 @@ class Decoder(nnx.Module):
         x = self.project(latent.reshape(-1, latent.shape[-1]))
         # The first transposed convolution reads a single pixel: it is a linear layer.
         kernel = self.kernels[0][...].astype(self.dtype)
-        x = jnp.einsum("nc,hwcd->nhwd", x, kernel) + self.biases[0][...].astype(self.dtype)
+        x = add_bias(jnp.einsum("nc,hwcd->nhwd", x, kernel), self.biases[0][...])
         for weight, bias in zip(self.kernels[1:], self.biases[1:], strict=True):
             x = conv2d_transpose(jax.nn.silu(x), weight[...].astype(self.dtype), stride=2, padding=0)
-            x = x + bias[...].astype(self.dtype)
+            x = add_bias(x, bias[...])
         return x.astype(jnp.float32).reshape(*latent.shape[:-1], *x.shape[1:])
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from twister_jax.config import TwmConfig, TwmModelConfig
 from twister_jax.nn.distributions import GivenSampler
@@ -46,11 +47,11 @@ def config_of(sizes: dict[str, Any]) -> TwmConfig:
     )
 
 
-def compare(sizes: dict[str, Any], fixture: Fixture) -> list[Row]:
-    """Every loss, listed output and gradient of the fixture."""
+def compare(sizes: dict[str, Any], fixture: Fixture, dtype: DTypeLike) -> list[Row]:
+    """Every loss, listed output and gradient of the fixture, with matrix products in `dtype`."""
     config = config_of(sizes)
     num_actions = sizes["num_actions"]
-    networks = make_networks(config, num_actions, jnp.dtype(jnp.float32))
+    networks = make_networks(config, num_actions, jnp.dtype(dtype))
     published = {
         name.removeprefix("param/"): value for name, value in fixture.items() if name.startswith("param/")
     }
@@ -117,7 +118,7 @@ def compare(sizes: dict[str, Any], fixture: Fixture) -> list[Row]:
     named: dict[str, np.ndarray] = {}
     for network, gradient in zip(NETWORKS, gradients, strict=False):
         named |= to_published(network, gradient, config.model)
-    rows += gradient_rows(fixture, "wm", named)
+    rows += gradient_rows(fixture, "wm", named, dtype)
 
     # Imagination.
     start = Start(
@@ -170,7 +171,9 @@ def compare(sizes: dict[str, Any], fixture: Fixture) -> list[Row]:
     agree("out/ac/norm_ent", actor[1].normalized_entropy)
     named = to_published("actor", actor_gradient, config.model)
     named |= to_published("critic", critic_gradient, config.model)
-    rows += gradient_rows(fixture, "ac", {name.removeprefix("ac."): value for name, value in named.items()})
+    rows += gradient_rows(
+        fixture, "ac", {name.removeprefix("ac."): value for name, value in named.items()}, dtype
+    )
     return rows
 
 
