@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.training.dummy_agent import WINDOW, make_agent, make_test_config
-from twister_jax.config import to_dict
+from twister_jax.config import from_dict, to_dict
 from twister_jax.envs import make_vector_env
 from twister_jax.errors import UserError
 from twister_jax.training import loop
@@ -240,6 +240,35 @@ def test_training_goes_on_when_a_checkpoint_cannot_be_saved(tmp_path, monkeypatc
     assert "No space left" in said
     assert len(calls) == 120 // 25 + 1
     assert_same_run(tmp_path, undisturbed, config)
+
+
+def test_a_run_outlives_its_directory(tmp_path, undisturbed):
+    directory = tmp_path / "run"
+    config = make_test_config(directory, **{"env.num_envs": 2})
+    steps = 0
+
+    def vanishing(game, env_config, num_envs, seed):
+        env = make_vector_env(game, env_config, num_envs, seed)
+        step = env.step
+
+        def step_and_vanish(actions):
+            nonlocal steps
+            steps += 1
+            if steps == 40:
+                directory.rename(tmp_path / "gone")
+            return step(actions)
+
+        env.step = step_and_vanish
+        return env
+
+    assert train(config, make_agent, vanishing) == 0
+    assert from_dict(json.loads((directory / "config.json").read_text()), "config.json") == config
+    rows = rows_of(directory)
+    assert 0 < len(rows) < len(rows_of(undisturbed))
+    assert rows == rows_of(undisturbed)[-len(rows) :]  # none since is lost
+    (ours, _), (theirs, _) = final_state(directory, config), final_state(undisturbed, config)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert train(config, make_agent, make_vector_env) == 0  # it is a run again, and a finished one
 
 
 def test_rows_wait_while_the_disk_refuses_them(tmp_path):
