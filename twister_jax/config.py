@@ -416,7 +416,7 @@ BASES: dict[tuple[str, str], Config] = {
             imagination_horizon=10,
             restart_frames=64,
             model=TwmModelConfig(
-                cnn_channels=16,
+                cnn_channels=8,
                 encoder_hidden=(256, 256),
                 stoch_groups=16,
                 stoch_classes=16,
@@ -431,11 +431,14 @@ BASES: dict[tuple[str, str], Config] = {
                 actor=(256, 256),
                 critic=(256, 256),
             ),
-            pretrain_observation_samples=300_000,
-            pretrain_dynamics_samples=150_000,
-            pretrain_behavior_samples=100_000,
-            observation_optimizer=OptimizerConfig(3e-4, 1e-5, 100.0, 1e-6),
-            dynamics_optimizer=OptimizerConfig(3e-4, 1e-5, 100.0, 1e-6),
+            pretrain_observation_samples=144_000,
+            pretrain_dynamics_samples=86_400,
+            pretrain_behavior_samples=32_000,
+            # Clipped low for the reason given with TWISTER's.
+            observation_optimizer=OptimizerConfig(6e-4, 1e-5, 10.0, 1e-6),
+            dynamics_optimizer=OptimizerConfig(6e-4, 1e-5, 10.0, 1e-6),
+            actor_optimizer=OptimizerConfig(1e-4, 1e-5, 1.0, 1e-6),
+            critic_optimizer=OptimizerConfig(3e-4, 1e-5, 1.0, 1e-6),
         ),
     ),
     ("twm", "debug"): Config(
@@ -485,6 +488,7 @@ BASES: dict[tuple[str, str], Config] = {
 
 GAME_SETTINGS: dict[tuple[str, str, str], dict[str, Any]] = {
     ("twister", "cpu", "Catch"): {"train.steps": 1_600, "evaluation.episodes": 100},
+    ("twm", "cpu", "Catch"): {"train.steps": 3_000, "evaluation.episodes": 100},
 }
 """What a preset has otherwise for one game: Catch is learned in fewer steps and evaluated in seconds."""
 
