@@ -73,7 +73,11 @@ class Compiled:
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once(tmp_path_factory):
     """Many tests compile the same programs, here and in subprocesses; one compilation of each is enough."""
-    directory = str(tmp_path_factory.mktemp("xla"))
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # that of all workers
+    (base / "xla").mkdir(exist_ok=True)
+    directory = str(base / "xla")
     os.environ["TWISTER_JAX_CACHE"] = directory
     jax.config.update("jax_compilation_cache_dir", directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
