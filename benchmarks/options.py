@@ -10,7 +10,7 @@ from twister_jax import config as configs
 from twister_jax.config import Config
 from twister_jax.errors import UserError
 
-DEFAULT_SECTIONS = ("peak", "update", "breakdown", "convolutions", "acting", "loop")
+DEFAULT_SECTIONS = ("peak", "update", "breakdown", "convolutions", "checkpoints", "acting", "loop")
 SECTIONS = (*DEFAULT_SECTIONS, "growth")
 PROGRAM = "python -m benchmarks"
 
