@@ -14,8 +14,8 @@ FIXTURES = Path(__file__).parent / "fixtures"
 def test_bfloat16_changes_losses_and_gradients_by_its_rounding_only(agent):
     """bfloat16 rounds to one part in 256.
 
-    The behaviour's losses come after a whole imagined rollout and are means of advantages of both signs, which
-    cancel where rounding errors do not: like gradients, they agree to a tenth (seen: 0.014 and 0.041).
+    The behaviour's losses come after a whole imagined rollout and are means of advantages of both signs,
+    which cancel where rounding errors do not: like gradients, they agree to a tenth (seen: 0.014 and 0.041).
     """
     rows = parity.check(FIXTURES / f"{agent}_small.npz", jnp.bfloat16)
     losses = {row.name: row.error for row in rows if "loss" in row.name}
