@@ -29,7 +29,7 @@ SETTINGS = {
     "evaluation.time-limit-frames": 80,
 }
 # Rows of metrics.jsonl after which the process is killed; the first 20 of TWM's are its pre-training's.
-KILLS = {"twister": (2, 5), "twm": (32,)}
+KILLS = {"twister": (4,), "twm": (3, 32)}
 OF_AGENT = {"twister": {}, "twm": {"train.prefill-steps": 40}}
 
 
@@ -57,7 +57,7 @@ def final_state(directory):
     return Checkpointer(directory / "checkpoints").load_state(shapes)[0]
 
 
-@pytest.mark.parametrize("agent", ["twister", "twm"])
+@pytest.mark.parametrize("agent", ["twister", pytest.param("twm", marks=pytest.mark.slow)])
 def test_a_killed_run_of_the_real_agent_ends_where_an_undisturbed_one_ends(agent, tmp_path):
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     said, _ = (process := start(agent, undisturbed)).communicate()

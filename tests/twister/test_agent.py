@@ -99,7 +99,7 @@ def test_a_broken_actor_is_named_and_everything_else_goes_on(small, store):
 def test_seeds_are_a_batch_axis(small, store):
     """Two seeds in one program give what each gives alone."""
     keys = jax.random.split(jax.random.key(0))
-    states = jax.jit(jax.vmap(small.agent.init))(keys)
+    states = jax.tree.map(lambda *x: jnp.stack(x), *map(jax.jit(small.agent.init), keys))
     stores = jax.tree.map(lambda x: jnp.stack([x, x]), store)
     both, _, metrics = jax.jit(jax.vmap(small.agent.update))(states, stores, keys)
     for i in range(2):
@@ -177,8 +177,25 @@ def test_evaluation_takes_the_mode_and_training_samples(small):
     assert modes == {2}
 
 
+CONTINUOUS = EnvSpec(image_shape=(64, 64, 3), num_actions=2, discrete=False)
+
+
+def test_continuous_actions_have_an_agent():
+    agent = make_agent(SMALL, CONTINUOUS)
+
+    def learn_and_act(key):
+        state, _, metrics = agent.update(agent.init(key), filled_replay(spec=CONTINUOUS), key)
+        observation = Observation(jnp.zeros((3, 64, 64, 3), jnp.uint8), jnp.ones(3, bool))
+        return metrics, agent.act(state, agent.init_carry(state, 3), observation, key)[0]
+
+    metrics, action = jax.eval_shape(learn_and_act, jax.random.key(0))
+    assert action.shape == (3, 2)
+    assert {value.shape for value in metrics.values()} == {()}
+
+
+@pytest.mark.slow
 def test_continuous_actions_train_and_act():
-    spec = EnvSpec(image_shape=(64, 64, 3), num_actions=2, discrete=False)
+    spec = CONTINUOUS
     agent = make_agent(SMALL, spec)
     state = jax.jit(agent.init)(jax.random.key(0))
     store = filled_replay(spec=spec)

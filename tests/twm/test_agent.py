@@ -9,6 +9,7 @@ from tests.twm.conftest import ALGORITHM, CONFIG, GREY, replay_of, stream
 from twister_jax.agent import Observation
 from twister_jax.config import Config, OptimizerConfig, TwmConfig
 from twister_jax.optimizer import make_optimizer
+from twister_jax.training.checkpoint import Checkpointer, Snapshot
 from twister_jax.twm.agent import NETWORKS, make_agent
 from twister_jax.twm.windows import is_observation, may_start, stack_frames
 
@@ -64,6 +65,28 @@ def test_an_update_returns_what_it_takes(agent, filled):
     before = jax.eval_shape(start, jax.random.key(0))
     after = jax.eval_shape(lambda key: agent.update(*start(key), key)[:2], jax.random.key(0))
     assert kinds(before) == kinds(after)
+
+
+def test_a_checkpoint_between_updates_changes_nothing(update, state, filled, tmp_path):
+    """Bit for bit, and the visit counts that balanced sampling goes by with it."""
+    keys = jax.random.split(jax.random.key(3), 4)
+    through, store = state, filled
+    for key in keys:
+        through, store, _ = update(through, store, key)
+
+    half, half_store = state, filled
+    for key in keys[:2]:
+        half, half_store, _ = update(half, half_store, key)
+    checkpoints = tmp_path / "checkpoints"
+    Checkpointer(checkpoints).save(2, Snapshot(half, half_store, b"", {}))
+    found = Checkpointer(checkpoints).restore(half, jax.tree.map(jnp.zeros_like, half_store))
+    assert found is not None
+    resumed, resumed_store = found.state, found.replay
+    for key in keys[2:]:
+        resumed, resumed_store, _ = update(resumed, resumed_store, key)
+
+    jax.tree.map(np.testing.assert_array_equal, (resumed, resumed_store), (through, store))
+    assert int(store.visits.sum()) == 4 * ALGORITHM.batch_size
 
 
 def test_decoder_loss_falls_on_repeated_updates(update, state, filled):
@@ -169,6 +192,7 @@ def test_evaluation_samples_actions_of_the_most_likely_latent(agent, state):
     assert (np.asarray(mode(jax.random.split(jax.random.key(0), 5)))[:, 0].mean(0) > 0).sum() == 1
 
 
+@pytest.mark.slow
 def test_seeds_are_a_batch_axis(agent, update, state, filled):
     keys = jax.random.split(jax.random.key(5), 2)
     many = jax.tree.map(lambda x: jnp.stack([x, x]), (state, filled))
