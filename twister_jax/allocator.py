@@ -16,6 +16,6 @@ def keep_freed_memory() -> None:
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_MMAP_MAX, 0)
-        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_TRIM_THRESHOLD, -1)  # never: the largest number would still trim what is above 2 GB
         mallopt(_TOP_PAD, 1 << 28)
         mallopt(_ARENA_MAX, 1)
