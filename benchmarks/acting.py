@@ -123,11 +123,10 @@ def _replay(bench: "Bench") -> None:
 def _traffic(bench: "Bench") -> None:
     """Bytes of the arrays that the loop hands over in a step of one environment.
 
-    `training.loop.Run.store` uploads the frame twice: into the replay, and as the next observation.
+    What `training.loop.Run.store` uploads as the next observation also goes into the replay.
     """
-    frame = _frames(bench.subject, 1).nbytes
-    observation = frame + 1
-    transition = frame + 4 + 1 + 1  # reward, terminal, is_first; the action is on the device already
+    observation = _frames(bench.subject, 1).nbytes + 1  # and is_first
+    transition = 4 + 1  # reward, terminal; the action is on the device already
     keys = 4 * 2 * (1 + bench.config.train.updates_per_step)  # seed and step, for acting and each update
     actions = 4 * bench.subject.spec.num_actions
     note = "computed from what the loop hands over"
