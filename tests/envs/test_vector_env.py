@@ -55,6 +55,23 @@ def test_each_environment_plays_its_own_games_in_full():
     assert finished == 3 * 50
 
 
+def test_a_retired_environment_stands_still_and_disturbs_nobody():
+    env, undisturbed = (make_vector_env("Catch", EnvConfig(), 3, 0) for _ in range(2))
+    env.reset()
+    undisturbed.reset()
+    last = play(env, 7)[-1]
+    play(undisturbed, 7)
+    env.retire(1)
+    for ours, theirs in zip(play(env, 30, seed=1), play(undisturbed, 30, seed=1), strict=True):
+        np.testing.assert_array_equal(ours.image[1], last.image[1])
+        assert (ours.reward[1], ours.terminal[1], ours.is_first[1]) == (0, False, False)
+        for x, y in zip(ours[:4], theirs[:4], strict=True):
+            np.testing.assert_array_equal(x[[0, 2]], y[[0, 2]])
+        assert ours.episodes == tuple(episode for episode in theirs.episodes if episode.env != 1)
+    assert env.reset().is_first.all()
+    assert any(step.is_first[1] for step in play(env, 10))
+
+
 def test_shapes_and_types():
     step = make_vector_env("catch", EnvConfig(), 2, 0).reset()
     assert (step.image.shape, step.image.dtype) == ((2, 64, 64, 3), np.uint8)

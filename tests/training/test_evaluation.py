@@ -32,6 +32,7 @@ class Uneven:
         self.num_envs = num_envs
         self.steps = np.zeros(num_envs, int)
         self.games = np.zeros(num_envs, int)
+        self.retired = np.zeros(num_envs, bool)
 
     def _step(self, first, ended):
         episodes = tuple(
@@ -48,7 +49,10 @@ class Uneven:
         assert actions.shape == (self.num_envs,)
         first = self.steps > np.arange(self.num_envs)
         self.steps = np.where(first, 0, self.steps + 1)
-        return self._step(first, self.steps > np.arange(self.num_envs))
+        return self._step(first, (self.steps > np.arange(self.num_envs)) & ~self.retired)
+
+    def retire(self, env):
+        self.retired[env] = True
 
 
 def test_short_games_are_not_favoured():
@@ -57,6 +61,7 @@ def test_short_games_are_not_favoured():
     state = jax.jit(agent.init)(key_for(0, Purpose.INIT))
     played = play(agent, state, env, [2, 2, 1], seed=0)
     assert [episode.score for episode in played] == [0, 1, 100, 101, 200]
+    assert env.retired.all(), "an environment that has played its games costs no more time"
 
 
 def test_the_record_of_a_real_game():

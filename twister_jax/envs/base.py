@@ -76,6 +76,10 @@ class VectorEnv(Protocol):
         """Takes one agent step in every environment (a reset where the episode had ended)."""
         ...
 
+    def retire(self, env: int) -> None:
+        """Steps this environment no more: until `reset`, `step` repeats its last image and nothing else."""
+        ...
+
     def get_state(self) -> bytes:
         """Everything that decides what the environments do next, random generators included."""
         ...

@@ -127,11 +127,15 @@ class SerialVectorEnv:
         self._max_failures = max_failures
         self._health = [_Health() for _ in range(num_envs)]
         self._envs = [self._build(index) for index in range(num_envs)]
+        self._last: list[SingleStep] = []
+        self._retired: dict[int, SingleStep] = {}
         self.spec = self._envs[0].spec
 
     def reset(self) -> EnvStep:
         """Starts a new game everywhere; unfinished ones are not reported."""
-        return _together([self._guarded(i, methodcaller("reset")) for i in range(self.num_envs)])
+        self._retired.clear()
+        self._last = [self._guarded(i, methodcaller("reset")) for i in range(self.num_envs)]
+        return _together(self._last)
 
     def step(self, actions: Int[np.ndarray, " env"]) -> EnvStep:
         """Takes one step in every environment; see `VectorEnv`.
@@ -139,12 +143,16 @@ class SerialVectorEnv:
         Raises:
           ValueError: an action out of range, or not one integer per environment.
         """
-        return _together(
-            [
-                self._guarded(i, methodcaller("step", action))
-                for i, action in enumerate(self._checked(actions))
-            ]
-        )
+        self._last = [
+            self._retired.get(i) or self._guarded(i, methodcaller("step", action))
+            for i, action in enumerate(self._checked(actions))
+        ]
+        return _together(self._last)
+
+    def retire(self, env: int) -> None:
+        """See `VectorEnv`."""
+        image = self._last[env].image
+        self._retired[env] = SingleStep(image, reward=0.0, terminal=False, is_first=False, episode=None)
 
     def get_state(self) -> bytes:
         """See `VectorEnv`."""

@@ -69,8 +69,9 @@ def play(
         step = env.step(chosen.argmax(-1) if env.spec.discrete else chosen)
         observation = observe(step)
         for episode in step.episodes:
-            if len(played[episode.env]) < games[episode.env]:
-                played[episode.env].append(episode)
+            played[episode.env].append(episode)
+            if len(played[episode.env]) == games[episode.env]:
+                env.retire(episode.env)
         count += 1
         if tell and tell.due():
             done = [episode.score for mine in played for episode in mine]
