@@ -15,6 +15,7 @@ import functools
 import json
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,6 @@ class Run:
         """From wherever the run stands to its last step."""
         if self.finished:
             return
-        self.compiled = self._compile()
         while not self.finished:
             if self.filling:
                 self.step_randomly()
@@ -496,10 +496,14 @@ class Run:
         check_memory({"replay": _bytes(replay_shapes), "agent": _bytes(shapes.agent)}, jax.devices()[0])
         snapshot = self.checkpointer.restore(shapes, replay_shapes)
         if snapshot is None:
-            step = self.env.reset()
             self.counters = Counters()
-            self.state = OnDevice.begin(agent, config.seed, step)
-            self.replay = jax.jit(make_replay)()
+            self.compiled = self._compile(shapes, replay_shapes)
+            # The agent meanwhile, and beside it the replay: gigabytes touched for the first time.
+            with ThreadPoolExecutor(1) as beside:
+                replay = beside.submit(jax.jit(make_replay))
+                step = self.env.reset()
+                self.state = OnDevice.begin(agent, config.seed, step)
+                self.replay = replay.result()
             self.store(np.zeros((envs, spec.num_actions), np.float32), step)
             self._saved_position = None
             self.log = Log(self.directory, self.tell, config.train.tensorboard)
@@ -522,12 +526,14 @@ class Run:
                 pending=host["metrics_pending"],
                 resumed_at=self.counters.env_steps,
             )
+            if not self.finished:
+                self.compiled = self._compile(shapes, replay_shapes)
         self.clock = Stopwatch(self.counters.wall_seconds)
         self._reported = self.counters.updates // max(1, config.train.report_every)
 
-    def _compile(self) -> dict[str, Pending]:
-        """Starts compiling all that the loop calls."""
-        agent, state, replay = self.agent, self.state, self.replay
+    def _compile(self, state: OnDevice, replay: Replay) -> dict[str, Pending]:
+        """Starts compiling all that the loop calls, for state and replay of these shapes."""
+        agent = self.agent
         key = key_for(self.config.seed, Purpose.INIT)
         functions = {"act": trace(agent.act, state.agent, state.carry, state.observation, key)}
         updates = {phase.name: phase.update for phase in agent.pretraining} | {"update": agent.update}
