@@ -346,12 +346,10 @@ def one_line(box: str) -> str:
 
 
 def exit_with(code: int) -> None:
-    """Ends the process; at once after a signal, as a compilation that still runs would hold up the end."""
+    """Ends the process at once: a compilation that still runs would hold up the end, or make it abort."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if code > 128:
-        os._exit(code)
-    sys.exit(code)
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -208,6 +208,16 @@ class Faulty(CatchEnv):
         return super().step(action)
 
 
+def test_a_retired_environment_is_not_stepped(caplog):
+    env, _ = faulty([{}, {"fails_at": (4,)}], num_envs=2)
+    env.reset()
+    play(env, 3)
+    env.retire(1)
+    play(env, 20)
+    assert [each.count for each in env._envs] == [23, 3]
+    assert not caplog.records
+
+
 def faulty(plan, num_envs=1, **kwargs):
     """A vector of Catch whose n-th environment ever built fails as `plan[n]` says; and their seeds."""
     seeds = []

@@ -329,6 +329,20 @@ def test_a_failing_environment_is_one_clear_error(tmp_path):
         train(make_test_config(tmp_path), make_agent, broken)
 
 
+def test_an_environment_that_cannot_be_reset_is_one_clear_error(tmp_path):
+    def broken(game, config, num_envs, seed):
+        env = make_vector_env(game, config, num_envs, seed)
+
+        def reset():
+            raise RuntimeError("environment 0 failed 6 times in a row")
+
+        env.reset = reset
+        return env
+
+    with pytest.raises(UserError, match="failed 6 times"):
+        train(make_test_config(tmp_path), make_agent, broken)
+
+
 # -------------------------------------------------------------------------------------- real processes
 
 

@@ -77,7 +77,10 @@ class VectorEnv(Protocol):
         ...
 
     def retire(self, env: int) -> None:
-        """Steps this environment no more: until `reset`, `step` repeats its last image and nothing else."""
+        """Steps this environment, which has been stepped before, no more.
+
+        Until `reset` or `set_state`, `step` repeats its last image and nothing else.
+        """
         ...
 
     def get_state(self) -> bytes:

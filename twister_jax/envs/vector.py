@@ -184,6 +184,7 @@ class SerialVectorEnv:
             for env, each in zip(self._envs, envs, strict=True):
                 env.set_state(each)
             self._health = [_Health(**each) for each in health]
+            self._retired, self._last = {}, []
         except Exception as error:
             raise ValueError(f"the saved environment state is damaged: {error!r}") from error
 

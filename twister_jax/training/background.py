@@ -102,7 +102,8 @@ def compile_in_background(functions: Mapping[str, Any]) -> dict[str, Pending]:
         for each in list(pending.values()):
             each.run()
 
-    threading.Thread(target=work, name="compile", daemon=True).start()
+    # Not a daemon: an interpreter that ends under a compilation aborts. The program leaves by `exit_with`.
+    threading.Thread(target=work, name="compile").start()
     return pending
 
 

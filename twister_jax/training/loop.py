@@ -497,11 +497,11 @@ class Run:
         snapshot = self.checkpointer.restore(shapes, replay_shapes)
         if snapshot is None:
             self.counters = Counters()
+            step = take_step(self.env)
             self.compiled = self._compile(shapes, replay_shapes)
             # The agent meanwhile, and beside it the replay: gigabytes touched for the first time.
             with ThreadPoolExecutor(1) as beside:
                 replay = beside.submit(jax.jit(make_replay))
-                step = self.env.reset()
                 self.state = OnDevice.begin(agent, config.seed, step)
                 self.replay = replay.result()
             self.store(np.zeros((envs, spec.num_actions), np.float32), step)
@@ -568,14 +568,14 @@ def start_env(make_env: MakeEnv, config: Config) -> VectorEnv:
         raise UserError(f"cannot start {config.game}: {error}") from error
 
 
-def take_step(env: VectorEnv, actions: Any) -> EnvStep:
-    """Steps all environments.
+def take_step(env: VectorEnv, actions: Any = None) -> EnvStep:
+    """Steps all environments; without actions it resets them.
 
     Raises:
       UserError: one failed too often.
     """
     try:
-        return env.step(actions)
+        return env.reset() if actions is None else env.step(actions)
     except RuntimeError as error:
         raise UserError(f"{error}; the last checkpoint is kept") from error
 
