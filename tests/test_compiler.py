@@ -34,7 +34,7 @@ def test_library_fusions_do_not_change_an_update(agent):
     assert with_fusions.keys() == without.keys()
     assert len(with_fusions) > 100
     # A thousandth: a sample that falls the other way by rounding moves a little of everything. Some gradients
-    # are zero but for rounding (a bias shared by all keys leaves attention as it is): hence the largest moment.
+    # are zero but for rounding (a bias shared by all keys changes no attention): hence the largest moment.
     moments = max(float(np.linalg.norm(x)) for name, x in without.items() if ".mu" in name)
     apart = {
         name: np.linalg.norm(x - without[name]) / (np.linalg.norm(without[name]) + 1e-9 * moments)
