@@ -498,10 +498,10 @@ class Run:
         if snapshot is None:
             self.counters = Counters()
             step = take_step(self.env)
-            self.compiled = self._compile(shapes, replay_shapes)
-            # The agent meanwhile, and beside it the replay: gigabytes touched for the first time.
+            # Beside the rest, as it is gigabytes touched for the first time.
             with ThreadPoolExecutor(1) as beside:
                 replay = beside.submit(jax.jit(make_replay))
+                self.compiled = self._compile(shapes, replay_shapes)
                 self.state = OnDevice.begin(agent, config.seed, step)
                 self.replay = replay.result()
             self.store(np.zeros((envs, spec.num_actions), np.float32), step)
