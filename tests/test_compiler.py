@@ -19,18 +19,19 @@ from twister_jax import config as configs
 def test_library_fusions_do_not_change_an_update(agent):
     config = configs.complete(configs.make_config(agent, "cpu", game="Pong"), "cpu")
     subject = make_subject(config, 1_000)
-    lowered = jax.jit(subject.agent.update).lower(subject.state, subject.replay, update_keys(config, 1)[0])
+    arguments = subject.state, subject.replay, update_keys(config, 1)[0]
+    lowered = jax.jit(subject.agent.update).lower(*arguments)
 
-    def first_moments_and_metrics(**options):
+    def first_moments_and_losses(**options):
         compiled = lowered.compile(compiler_options=options)
         assert ("ynn_fusion" in compiled.as_text()) == (not options), "nothing is compared"
-        state, _, metrics = compiled(subject.state, subject.replay, update_keys(config, 1)[0])
+        state, _, metrics = compiled(*arguments)
         leaves = jax.tree_util.tree_leaves_with_path((state, metrics))
         found = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
         return {name: x for name, x in found.items() if ".mu" in name or "losses" in name}
 
-    with_fusions = first_moments_and_metrics()
-    without = first_moments_and_metrics(xla_cpu_experimental_ynn_fusion_type="")
+    with_fusions = first_moments_and_losses()
+    without = first_moments_and_losses(xla_cpu_experimental_ynn_fusion_type="")
     assert with_fusions.keys() == without.keys()
     assert len(with_fusions) > 100
     # A thousandth: a sample that falls the other way by rounding moves a little of everything. Some gradients

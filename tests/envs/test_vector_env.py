@@ -208,16 +208,6 @@ class Faulty(CatchEnv):
         return super().step(action)
 
 
-def test_a_retired_environment_is_not_stepped(caplog):
-    env, _ = faulty([{}, {"fails_at": (4,)}], num_envs=2)
-    env.reset()
-    play(env, 3)
-    env.retire(1)
-    play(env, 20)
-    assert [each.count for each in env._envs] == [23, 3]
-    assert not caplog.records
-
-
 def faulty(plan, num_envs=1, **kwargs):
     """A vector of Catch whose n-th environment ever built fails as `plan[n]` says; and their seeds."""
     seeds = []
@@ -227,6 +217,16 @@ def faulty(plan, num_envs=1, **kwargs):
         return Faulty(seed, **(plan[len(seeds) - 1] if len(seeds) <= len(plan) else {}))
 
     return SerialVectorEnv(make, num_envs, 0, {"game": "Catch"}, **kwargs), seeds
+
+
+def test_a_retired_environment_is_not_stepped(caplog):
+    env, _ = faulty([{}, {"fails_at": (4,)}], num_envs=2)
+    env.reset()
+    play(env, 3)
+    env.retire(1)
+    play(env, 20)
+    assert [each.count for each in env._envs] == [23, 3]
+    assert not caplog.records
 
 
 def test_a_failure_costs_the_episode_and_not_the_run(caplog):

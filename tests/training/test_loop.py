@@ -315,32 +315,20 @@ def test_a_few_bad_updates_do_not_stop_a_run(tmp_path):
     assert all(row["losses/weights"] is not None for row in rows)  # means over the sound ones
 
 
-def test_a_failing_environment_is_one_clear_error(tmp_path):
+@pytest.mark.parametrize(("method", "message"), [("reset", "cannot start"), ("step", "is kept")])
+def test_a_failing_environment_is_one_clear_error(tmp_path, method, message):
     def broken(game, config, num_envs, seed):
         env = make_vector_env(game, config, num_envs, seed)
 
-        def step(actions):
+        def fail(*actions):
             raise RuntimeError("environment 0 failed 6 times in a row")
 
-        env.step = step
+        setattr(env, method, fail)
         return env
 
-    with pytest.raises(UserError, match="failed 6 times"):
+    with pytest.raises(UserError, match="failed 6 times") as raised:
         train(make_test_config(tmp_path), make_agent, broken)
-
-
-def test_an_environment_that_cannot_be_reset_is_one_clear_error(tmp_path):
-    def broken(game, config, num_envs, seed):
-        env = make_vector_env(game, config, num_envs, seed)
-
-        def reset():
-            raise RuntimeError("environment 0 failed 6 times in a row")
-
-        env.reset = reset
-        return env
-
-    with pytest.raises(UserError, match="failed 6 times"):
-        train(make_test_config(tmp_path), make_agent, broken)
+    assert message in str(raised.value)
 
 
 # -------------------------------------------------------------------------------------- real processes

@@ -497,7 +497,7 @@ class Run:
         snapshot = self.checkpointer.restore(shapes, replay_shapes)
         if snapshot is None:
             self.counters = Counters()
-            step = take_step(self.env)
+            step = first_step(self.env, config.game)
             # Beside the rest, as it is gigabytes touched for the first time.
             with ThreadPoolExecutor(1) as beside:
                 replay = beside.submit(jax.jit(make_replay))
@@ -568,14 +568,26 @@ def start_env(make_env: MakeEnv, config: Config) -> VectorEnv:
         raise UserError(f"cannot start {config.game}: {error}") from error
 
 
-def take_step(env: VectorEnv, actions: Any = None) -> EnvStep:
-    """Steps all environments; without actions it resets them.
+def first_step(env: VectorEnv, game: str) -> EnvStep:
+    """Resets all environments.
+
+    Raises:
+      UserError: one cannot be reset.
+    """
+    try:
+        return env.reset()
+    except RuntimeError as error:
+        raise UserError(f"cannot start {game}: {error}") from error
+
+
+def take_step(env: VectorEnv, actions: Any) -> EnvStep:
+    """Steps all environments.
 
     Raises:
       UserError: one failed too often.
     """
     try:
-        return env.reset() if actions is None else env.step(actions)
+        return env.step(actions)
     except RuntimeError as error:
         raise UserError(f"{error}; the last checkpoint is kept") from error
 
