@@ -41,8 +41,7 @@ def make_subject(config: Config, most_steps: int | None = None) -> Subject:
     """An agent and a replay as large as the training loop would allocate, or of `most_steps`."""
     spec = make_spec(config)
     agent = make_agent(config, spec)
-    # Copies, because updates are given these buffers to reuse, and no two of them may be one.
-    state = jax.tree.map(jnp.copy, jax.jit(agent.init)(key_for(config.seed, Purpose.INIT)))
+    state = jax.jit(agent.init)(key_for(config.seed, Purpose.INIT))
     capacity = min(config.replay.capacity, stored_steps(config.train.steps))
     if most_steps is not None:
         capacity = min(capacity, most_steps)

@@ -567,7 +567,8 @@ def test_a_full_file_system_harms_nothing(tmp_path):
         run = Run(tmp_path / "c")
         run.save()
         ballast, one = tmp_path / "ballast", shutil.disk_usage(tmp_path).used
-        for share in (0, 0.2, 0.4, 0.6, 0.8):  # of the space that a checkpoint takes is free
+        # Free is this share of the space that a checkpoint takes, which Orbax makes vary by a quarter.
+        for share in (0, 0.15, 0.3, 0.45, 0.6):
             ballast.write_bytes(bytes(shutil.disk_usage(tmp_path).free - int(share * one)))
             step, snapshot = run.advance(1)
             with pytest.raises(OSError, match="No space left on device"):

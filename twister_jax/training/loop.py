@@ -498,12 +498,13 @@ class Run:
         if snapshot is None:
             self.counters = Counters()
             step = first_step(self.env, config.game)
-            # Beside the rest, as it is gigabytes touched for the first time.
-            with ThreadPoolExecutor(1) as beside:
+            with ThreadPoolExecutor(
+                1
+            ) as beside:  # loading a program and touching gigabytes leave Python free
+                begin = beside.submit(OnDevice.begin, agent, config.seed, step)
                 replay = beside.submit(jax.jit(make_replay))
                 self.compiled = self._compile(shapes, replay_shapes)
-                self.state = OnDevice.begin(agent, config.seed, step)
-                self.replay = replay.result()
+                self.state, self.replay = begin.result(), replay.result()
             self.store(np.zeros((envs, spec.num_actions), np.float32), step)
             self._saved_position = None
             self.log = Log(self.directory, self.tell, config.train.tensorboard)

@@ -21,10 +21,13 @@ class OnDevice:
     @classmethod
     def begin(cls, agent: Agent, seed: int, step: EnvStep) -> "OnDevice":
         """A new agent in front of its first observation."""
-        state = jax.jit(agent.init)(key_for(seed, Purpose.INIT))
-        carry = jax.jit(lambda state: agent.init_carry(state, len(step.image)))(state)
-        # Copies, because updates are given these buffers to reuse, and no two of them may be one.
-        state, carry = jax.tree.map(jnp.copy, (state, carry))
+
+        @jax.jit  # what one program returns lies in buffers of its own, so that updates can reuse them
+        def make(key):
+            state = agent.init(key)
+            return state, agent.init_carry(state, len(step.image))
+
+        state, carry = make(key_for(seed, Purpose.INIT))
         return cls(agent=state, carry=carry, observation=observe(step))
 
     @classmethod
