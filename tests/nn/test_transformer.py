@@ -88,7 +88,7 @@ def test_step_by_step_equals_the_whole_window(transformer, inputs):
     ring = transformer.empty_ring(BATCH)
     position_keys = transformer.position_keys()
     for t in range(LENGTH):
-        ring = ring.replace(visible=ring.visible & ~is_first[:, t])
+        ring = ring.replace(visible=ring.visible & ~is_first[:, t, None])
         out, ring = transformer.step(inputs[:, t], ring, position_keys)
         np.testing.assert_allclose(out, whole[:, t], rtol=1e-4, atol=1e-5)
 
@@ -111,14 +111,14 @@ def test_rings_hide_what_the_published_formulation_hides(transformer, inputs):
     is_first = first_at(0, 5, 9)
     _, cache = transformer(inputs, is_first)
     visible = np.asarray(transformer.rings_of_windows(cache, is_first).visible)
-    assert visible.shape == (CONTEXT + 1, BATCH * LENGTH)
+    assert visible.shape == (BATCH * LENGTH, CONTEXT + 1)
     for b in range(BATCH):
         for t in range(LENGTH):
             for slot in range(CONTEXT):
                 p = t - (CONTEXT - 1 - slot)
                 expected = p >= 0 and not np.any(np.asarray(is_first)[b, p : t + 1])
-                assert visible[slot, b * LENGTH + t] == expected
-    assert not visible[CONTEXT].any()
+                assert visible[b * LENGTH + t, slot] == expected
+    assert not visible[:, CONTEXT].any()
 
 
 def test_dropout_is_on_only_with_a_key(transformer, inputs):

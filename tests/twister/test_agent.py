@@ -132,8 +132,8 @@ def test_acting_computes_the_states_that_training_computes(small):
     slots = SMALL.algorithm.model.attention_context + 1
     for block, keys in enumerate(out.observed.cache[0]):
         for t in range(10):
-            ours = rings[t][1].ring.keys[block][t % slots]
-            np.testing.assert_allclose(ours, keys[:, t], rtol=1e-3, atol=1e-4)
+            ours = rings[t][1].ring.keys[block][:, :, t % slots]
+            np.testing.assert_allclose(ours.reshape(3, -1), keys[:, t], rtol=1e-3, atol=1e-4)
     # What the actor is fed: acting evaluated by the mode chooses what the training pass would choose.
     evaluate = jax.jit(small.agent.act_evaluate)
     actor = jax.tree.map(lambda x: x * 20.0, small.state.actor)  # far from ties

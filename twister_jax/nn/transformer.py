@@ -24,12 +24,13 @@ class Ring:
     """Cached keys and values of the last positions of each sequence, per block.
 
     The ring has context + 1 slots, so that a new position overwrites the one that has just left the
-    context. All sequences advance together: position p lives in slot p mod (context + 1).
+    context. All sequences advance together: position p lives in slot p mod (context + 1). Slots come after
+    the heads, as the products of attention want them: in any other order XLA copies the whole ring at every step.
     """
 
-    keys: tuple[Float[Array, "slot sequence hidden"], ...]
-    values: tuple[Float[Array, "slot sequence hidden"], ...]
-    visible: Bool[Array, "slot sequence"]
+    keys: tuple[Float[Array, "sequence head slot size"], ...]
+    values: tuple[Float[Array, "sequence head slot size"], ...]
+    visible: Bool[Array, "sequence slot"]
     position: Int[Array, ""]
     """Position that the next step takes."""
 
@@ -104,13 +105,14 @@ class Block(nnx.Module):
         self.contract = pytorch_linear(2 * hidden, hidden, dtype=dtype, rngs=rngs)
         self.feedforward_norm = layer_norm(hidden, 1e-6, dtype=dtype, rngs=rngs)
 
-    def _split(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch head size"]:
+    def split(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch head size"]:
+        """The heads' shares of features."""
         return x.reshape(*x.shape[:-1], self.heads, x.shape[-1] // self.heads)
 
     def position_keys(self, context: int) -> Float[Array, "distance head size"]:
         """W_p·r_d for d = 0…context. They depend on the distance alone: computed once, used everywhere."""
         hidden = self.u.shape[0]
-        return self._split(self.position(sinusoids(context + 1, hidden)))
+        return self.split(self.position(sinusoids(context + 1, hidden)))
 
     def _finish(self, x: Array, attended: Array, dropout: Dropout) -> Array:
         x = self.attention_norm(x + dropout(self.output(attended)))
@@ -125,40 +127,47 @@ class Block(nnx.Module):
     ) -> tuple[Array, Array, Array]:
         """Whole windows. Returns the output, and this block's keys and values, all [batch, time, hidden]."""
         query, key, value = self.query(x), self.key(x), self.value(x)
-        content = self._split(add_bias(query, self.u[...]))
-        place = self._split(add_bias(query, self.v[...]))
-        scores = _float32_einsum("bihd,bjhd->bhij", content, self._split(key))
+        content = self.split(add_bias(query, self.u[...]))
+        place = self.split(add_bias(query, self.v[...]))
+        scores = _float32_einsum("bihd,bjhd->bhij", content, self.split(key))
         by_distance = _float32_einsum("bihd,rhd->bhir", place, self.position_keys(context))
         scores = scores + by_distance_to_by_key(by_distance)
         scores = scores * (x.shape[-1] // self.heads) ** -0.5
         weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf))
         weights = dropout(weights).astype(value.dtype)
-        attended = jnp.einsum("bhij,bjhd->bihd", weights, self._split(value))
+        attended = jnp.einsum("bhij,bjhd->bihd", weights, self.split(value))
         return self._finish(x, attended.reshape(x.shape), dropout), key, value
 
     def step(
         self,
         x: Float[Array, "sequence hidden"],
-        keys: Float[Array, "slot sequence hidden"],
-        values: Float[Array, "slot sequence hidden"],
-        visible: Bool[Array, "slot sequence"],
+        keys: Float[Array, "sequence head slot size"],
+        values: Float[Array, "sequence head slot size"],
+        visible: Bool[Array, "sequence slot"],
         slot: Int[Array, ""],
         position_keys: Float[Array, "distance head size"],
     ) -> tuple[Array, Array, Array]:
         """One position of every sequence; `visible` already holds the new slot. Returns x, keys, values."""
         query = self.query(x)
-        keys = jax.lax.dynamic_update_index_in_dim(keys, self.key(x).astype(keys.dtype), slot, axis=0)
-        values = jax.lax.dynamic_update_index_in_dim(values, self.value(x).astype(values.dtype), slot, axis=0)
-        content = self._split(add_bias(query, self.u[...]))
-        place = self._split(add_bias(query, self.v[...]))
-        slots = keys.shape[0]
+        keys = _put(keys, self.split(self.key(x)), slot)
+        values = _put(values, self.split(self.value(x)), slot)
+        content = self.split(add_bias(query, self.u[...]))
+        place = self.split(add_bias(query, self.v[...]))
+        slots = keys.shape[2]
         by_slot = position_keys[(slot - jnp.arange(slots)) % slots]
-        scores = _float32_einsum("nhd,snhd->snh", content, self._split(keys))
-        scores = scores + _float32_einsum("nhd,shd->snh", place, by_slot)
-        scores = scores * (x.shape[-1] // self.heads) ** -0.5
-        weights = jax.nn.softmax(jnp.where(visible[..., None], scores, -jnp.inf), axis=0).astype(values.dtype)
-        attended = jnp.einsum("snh,snhd->nhd", weights, self._split(values))
+        scores = _float32_einsum("nhd,nhsd->nhs", content, keys)
+        scores = scores + _float32_einsum("nhd,shd->nhs", place, by_slot)
+        scores = scores * keys.shape[-1] ** -0.5
+        weights = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf)).astype(values.dtype)
+        attended = jnp.einsum("nhs,nhsd->nhd", weights, values)
         return self._finish(x, attended.reshape(x.shape), Dropout(0.0, None)), keys, values
+
+
+def _put(
+    ring: Float[Array, "sequence head slot size"], new: Float[Array, "sequence head size"], slot: Int[Array, ""]
+) -> Float[Array, "sequence head slot size"]:
+    """The ring with one slot overwritten."""
+    return jax.lax.dynamic_update_index_in_dim(ring, new.astype(ring.dtype), slot, axis=2)
 
 
 class Transformer(nnx.Module):
@@ -203,11 +212,12 @@ class Transformer(nnx.Module):
     def empty_ring(self, sequences: int) -> Ring:
         """A ring in which nothing is visible yet."""
         slots = self.context + 1
-        empty = tuple(jnp.zeros((slots, sequences, self.hidden), self.dtype) for _ in self.blocks)
+        shapes = [(sequences, block.heads, slots, self.hidden // block.heads) for block in self.blocks]
+        empty = tuple(jnp.zeros(shape, self.dtype) for shape in shapes)
         return Ring(
             keys=empty,
             values=empty,
-            visible=jnp.zeros((slots, sequences), bool),
+            visible=jnp.zeros((sequences, slots), bool),
             position=jnp.zeros((), jnp.int32),
         )
 
@@ -225,10 +235,13 @@ class Transformer(nnx.Module):
         context = self.context
         batch, length = is_first.shape
 
-        def windows(x: Float[Array, "batch time hidden"]) -> Float[Array, "slot sequence hidden"]:
+        def windows(
+            block: Block, x: Float[Array, "batch time hidden"]
+        ) -> Float[Array, "sequence head slot size"]:
             padded = jnp.pad(x, [(0, 0), (context - 1, 0), (0, 0)])
-            slots = [padded[:, offset : offset + length] for offset in range(context)]
-            return jnp.stack([*slots, jnp.zeros_like(x)]).reshape(context + 1, batch * length, x.shape[-1])
+            slots = [padded[:, offset : offset + length] for offset in range(context)] + [jnp.zeros_like(x)]
+            rings = jnp.stack([block.split(slot) for slot in slots], axis=3)
+            return rings.reshape(batch * length, *rings.shape[2:])
 
         # Key p = t − n is visible when the newest first step at or before t lies before p.
         steps = jnp.arange(length)
@@ -237,9 +250,9 @@ class Transformer(nnx.Module):
             jnp.zeros((batch, length), bool)
         ]
         return Ring(
-            keys=tuple(map(windows, cache[0])),
-            values=tuple(map(windows, cache[1])),
-            visible=jnp.stack(slots).reshape(context + 1, batch * length),
+            keys=tuple(map(windows, self.blocks, cache[0])),
+            values=tuple(map(windows, self.blocks, cache[1])),
+            visible=jnp.stack(slots, axis=-1).reshape(batch * length, context + 1),
             position=jnp.asarray(context, jnp.int32),
         )
 
@@ -254,10 +267,10 @@ class Transformer(nnx.Module):
         position_keys: list[Float[Array, "distance head size"]],
     ) -> tuple[Float[Array, "sequence hidden"], Ring]:
         """The next position of every sequence: sees what is visible in the ring, and itself."""
-        chex.assert_shape(x, (ring.visible.shape[1], self.hidden))
+        chex.assert_shape(x, (ring.visible.shape[0], self.hidden))
         slot = ring.position % (self.context + 1)
         visible = jax.lax.dynamic_update_index_in_dim(
-            ring.visible, jnp.ones_like(ring.visible[0]), slot, axis=0
+            ring.visible, jnp.ones_like(ring.visible[:, 0]), slot, axis=1
         )
         keys, values = [], []
         for index, block in enumerate(self.blocks):

@@ -36,9 +36,9 @@ def open_loop_picture(
     here = jnp.arange(batch) * length + context - 1
     ring = dataclasses.replace(
         start.ring,
-        keys=tuple(x[:, here] for x in start.ring.keys),
-        values=tuple(x[:, here] for x in start.ring.values),
-        visible=start.ring.visible[:, here],
+        keys=tuple(x[here] for x in start.ring.keys),
+        values=tuple(x[here] for x in start.ring.values),
+        visible=start.ring.visible[here],
     )
     position_keys = model.transformer.position_keys()
 
