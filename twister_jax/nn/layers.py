@@ -41,9 +41,12 @@ class Linear(nnx.Linear):
 
     def __call__(self, inputs: Float[Array, "*batch inputs"], out_sharding=None) -> Array:
         """Returns [*batch, outputs] in `dtype`."""
-        kernel = self.kernel[...].astype(self.dtype)
-        y = jnp.matmul(inputs.astype(self.dtype), kernel, out_sharding=out_sharding)
-        return y if self.bias is None else add_bias(y, self.bias[...])
+        assert out_sharding is None, "not supported"
+        # One product of two matrices: of more axes than two XLA's CPU backend copies the gradients first.
+        rows = inputs.reshape(-1, inputs.shape[-1]).astype(self.dtype)
+        y = jnp.matmul(rows, self.kernel[...].astype(self.dtype))
+        y = y if self.bias is None else add_bias(y, self.bias[...])
+        return y.reshape(*inputs.shape[:-1], y.shape[-1])
 
 
 def pytorch_linear(features_in: int, features_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Linear:
