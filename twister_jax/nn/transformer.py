@@ -164,7 +164,9 @@ class Block(nnx.Module):
 
 
 def _put(
-    ring: Float[Array, "sequence head slot size"], new: Float[Array, "sequence head size"], slot: Int[Array, ""]
+    ring: Float[Array, "sequence head slot size"],
+    new: Float[Array, "sequence head size"],
+    slot: Int[Array, ""],
 ) -> Float[Array, "sequence head slot size"]:
     """The ring with one slot overwritten."""
     return jax.lax.dynamic_update_index_in_dim(ring, new.astype(ring.dtype), slot, axis=2)

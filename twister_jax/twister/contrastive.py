@@ -60,28 +60,35 @@ class ContrastiveHeads(nnx.Module):
         self, features: Float[Array, "batch time feature"], actions: Float[Array, "batch time action"]
     ) -> Float[Array, "step batch time size"]:
         """Query of every k at every t; those with t + k beyond the window are meaningless."""
-        length = features.shape[1]
+        length, width = features.shape[1:]
         padded = jnp.pad(actions, [(0, 0), (0, self.steps), (0, 0)])
         places = 1 + jnp.arange(length)[:, None] + jnp.arange(self.steps - 1)
-        ahead = padded[:, places]
-        action_kernel = self.query_actions[...] * self._action_mask()
-        cast = lambda x: x.astype(self.dtype)  # noqa: E731
-        hidden = jnp.einsum("btf,kfs->kbts", cast(features), cast(self.query_features[...]))
-        hidden = hidden + jnp.einsum("btja,kjas->kbts", cast(ahead), cast(action_kernel))
-        return self._finish(hidden, self.query_bias, self.query_output, self.query_output_bias)
+        rows = features.reshape(-1, width).astype(self.dtype)
+        ahead = padded[:, places].reshape(rows.shape[0], -1).astype(self.dtype)
+
+        def query(features_kernel: Array, actions_kernel: Array, *rest: Array) -> Array:
+            actions_kernel = actions_kernel.reshape(ahead.shape[1], features_kernel.shape[1])
+            hidden = rows @ features_kernel.astype(self.dtype) + ahead @ actions_kernel.astype(self.dtype)
+            return self._finish(hidden, *rest).reshape(*features.shape[:2], -1)
+
+        actions_kernels = self.query_actions[...] * self._action_mask()
+        rest = (self.query_bias, self.query_output, self.query_output_bias)
+        return jax.vmap(query)(self.query_features[...], actions_kernels, *(param[...] for param in rest))
 
     def keys(self, latent: Float[Array, "batch time latent"]) -> Float[Array, "step batch time size"]:
         """Key of every k for the latent of every position."""
-        cast = lambda x: x.astype(self.dtype)  # noqa: E731
-        hidden = jnp.einsum("btz,kzs->kbts", cast(latent), cast(self.key_latent[...]))
-        return self._finish(hidden, self.key_bias, self.key_output, self.key_output_bias)
+        rows = latent.reshape(-1, latent.shape[-1]).astype(self.dtype)
 
-    def _finish(self, hidden: Array, bias: nnx.Param, output: nnx.Param, output_bias: nnx.Param) -> Array:
-        def add(x: Array, b: nnx.Param) -> Array:
-            return jax.nn.elu(add_bias(x, b[...][:, None, None]))
+        def key(kernel: Array, *rest: Array) -> Array:
+            return self._finish(rows @ kernel.astype(self.dtype), *rest).reshape(*latent.shape[:2], -1)
 
-        hidden = add(hidden, bias)
-        return add(jnp.einsum("kbts,kso->kbto", hidden, output[...].astype(self.dtype)), output_bias)
+        rest = (self.key_bias, self.key_output, self.key_output_bias)
+        return jax.vmap(key)(self.key_latent[...], *(param[...] for param in rest))
+
+    def _finish(self, hidden: Array, bias: Array, output: Array, output_bias: Array) -> Array:
+        """One head from its first product on: bias, ELU, linear, ELU."""
+        hidden = jax.nn.elu(add_bias(hidden, bias))
+        return jax.nn.elu(add_bias(hidden @ output.astype(self.dtype), output_bias))
 
 
 def info_nce(
