@@ -25,7 +25,7 @@ class Ring:
 
     The ring has context + 1 slots, so that a new position overwrites the one that has just left the
     context. All sequences advance together: position p lives in slot p mod (context + 1). Slots come after
-    the heads, as the products of attention want them: in any other order XLA copies the whole ring at every step.
+    the heads, as the products of attention want them; in another order XLA copies the ring at every step.
     """
 
     keys: tuple[Float[Array, "sequence head slot size"], ...]
