@@ -214,20 +214,26 @@ def _input_gradient(y, kernel, size, stride, padding):
         z = jnp.matmul(y, matrix, preferred_element_type=jnp.float32).reshape(-1, h, w, kh, kw * c)
         zero = jnp.zeros((), z.dtype)
 
-        def piece(a, b):
-            up, left = a // stride, b // stride
-            part = z[:, :, :, a, b * c : (b + stride) * c]
-            pad = [(up, rows - h - up, 0), (left, columns - w - left, 0), (0, stride * c - part.shape[-1], 0)]
-            return jax.lax.pad(part, zero, [(0, 0, 0), *pad])
+        def row(a):
+            up = a // stride
+            return jax.lax.pad(z[:, :, :, a], zero, [(0, 0, 0), (up, rows - h - up, 0), *[(0, 0, 0)] * 2])
 
-        # kernel rows of one phase fall on the same image rows; columns stay next to each other
+        # Kernel rows of one phase fall on the same image rows. They are added before the columns are, or each
+        # pixel would be a sum over the rows and columns of the kernel at once.
         phases = [
-            sum(piece(a, b) for a in range(phase, kh, stride) for b in range(0, kw, stride))
+            sum(row(a) for a in range(phase, kh, stride))
             if phase < kh
-            else jnp.zeros((z.shape[0], rows, columns, stride * c), z.dtype)
+            else jnp.zeros((z.shape[0], rows, w, kw * c), z.dtype)
             for phase in range(stride)
         ]
-        x = jnp.stack(phases, axis=2).reshape(-1, rows * stride, columns * stride, c)
+        z = jnp.stack(phases, axis=2).reshape(-1, rows * stride, w, kw * c)
+
+        def column(b):  # `stride` columns, which stay next to each other
+            left, part = b // stride, z[..., b * c : (b + stride) * c]
+            wide = (0, stride * c - part.shape[-1], 0)
+            return jax.lax.pad(part, zero, [*[(0, 0, 0)] * 2, (left, columns - w - left, 0), wide])
+
+        x = sum(column(b) for b in range(0, kw, stride)).reshape(-1, rows * stride, columns * stride, c)
         crop = [
             (-padding, size[0] + padding - rows * stride, 0),
             (-padding, size[1] + padding - columns * stride, 0),
