@@ -1,4 +1,4 @@
-"""Fresh parameters: which keys they are drawn with, and whose buffers they lie in."""
+"""Fresh parameters, and the keys they are drawn with."""
 
 import chex
 import jax
@@ -6,12 +6,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from twister_jax.agents import make_agent
-from twister_jax.config import make_config
-from twister_jax.envs import make_vector_env
 from twister_jax.nn.layers import Head, logits_init
 from twister_jax.nn.networks import MOST_KEYS, Keys, Networks
-from twister_jax.training.state import OnDevice
 
 
 def head(rngs):
@@ -36,13 +32,3 @@ def test_a_network_of_too_many_parameters_is_refused():
         keys.params()
     with pytest.raises(AssertionError, match="more parameters than there are keys"):
         keys.params()
-
-
-@pytest.mark.parametrize("name", ["twister", "twm"])
-def test_every_array_of_a_new_run_has_a_buffer_of_its_own(name):
-    """Updates are given these buffers to reuse, which the device refuses for two arrays in one."""
-    config = make_config(name, "debug", game="Catch")
-    env = make_vector_env(config.game, config.env, 2, 0)
-    state = OnDevice.begin(make_agent(config, env.spec), 0, env.reset())
-    places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state) if leaf.size]
-    assert len(set(places)) == len(places)

@@ -498,9 +498,8 @@ class Run:
         if snapshot is None:
             self.counters = Counters()
             step = first_step(self.env, config.game)
-            with ThreadPoolExecutor(
-                1
-            ) as beside:  # loading a program and touching gigabytes leave Python free
+            # Loading a program and touching gigabytes leave Python free for tracing.
+            with ThreadPoolExecutor(1) as beside:
                 begin = beside.submit(OnDevice.begin, agent, config.seed, step)
                 replay = beside.submit(jax.jit(make_replay))
                 self.compiled = self._compile(shapes, replay_shapes)
