@@ -110,7 +110,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--minutes", type=float, default=1e6, help="after so many no new measurement begins")
     add("--loop-steps", type=int, default=50, help="agent steps of the section loop (default 50)")
     add("--json", type=Path, metavar="FILE", help="everything as JSON, rewritten after every section")
-    add("--profile", type=Path, metavar="DIR", help="a profiler trace of 3 updates, and its top operations")
+    add(
+        "--profile",
+        type=Path,
+        metavar="DIR",
+        help="a profiler trace, and the top operations of its last 3 updates",
+    )
     return parser
 
 

@@ -1,4 +1,4 @@
-"""A profiler trace of three updates, and which operations took the time."""
+"""A profiler trace of a few updates, and which operations took the time."""
 
 import collections
 import gzip
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 SECTION = "profile"
 UPDATES = 3
 _WARM_UP = 3
-"""Until then a process touches memory that it had not used before."""
+"""Until then a process touches memory that it had not used before. The profiler makes it do so once more, so
+that the first update in the trace does not count either."""
 TOP = 25
 _MOST_EVENTS = 1_000_000
 """A trace.json holds no more; what comes later in the trace is missing there."""
@@ -27,7 +28,7 @@ def run(bench: "Bench") -> None:
     """Writes the trace under `--profile`, and a row for each of the dearest operations."""
     directory = bench.options.profile
     assert directory is not None
-    program, keys = bench.compile_update(), update_keys(bench.config, _WARM_UP + UPDATES)
+    program, keys = bench.compile_update(), update_keys(bench.config, _WARM_UP + 1 + UPDATES)
     subject = bench.subject
     state, replay = subject.state, subject.replay
     for key in keys[:_WARM_UP]:
@@ -45,18 +46,20 @@ def run(bench: "Bench") -> None:
         bench.report.fail(SECTION, f"the profiler left no trace.json.gz under {directory}")
         return
     events = load(found[-1])
-    times, calls = operation_times(events)
-    if not times:
+    calls = {name: times[len(times) // (1 + UPDATES) :] for name, times in operation_times(events).items()}
+    if not calls:
         bench.report.fail(SECTION, f"no device operations in {found[-1]}")
         return
-    names, total = source_names(program.text()), sum(times.values())
+    seconds = {name: sum(times) for name, times in calls.items()}
+    names, total = source_names(program.text()), sum(seconds.values())
     cut = "; cut short, the trace has its most events" if len(events) >= _MOST_EVENTS else ""
     bench.report.add(
         SECTION, "all operations, per update", total / UPDATES, "s", f"sum over threads or streams{cut}"
     )
-    for name, seconds in sorted(times.items(), key=lambda item: -item[1])[:TOP]:
-        note = f"{seconds / total:5.1%}  {calls[name] / UPDATES:g} calls  {names.get(name, '')}"
-        bench.report.add(SECTION, name[:44], seconds / UPDATES, "s", note)
+    for name in sorted(seconds, key=lambda name: -seconds[name])[:TOP]:
+        share, often = seconds[name] / total, len(calls[name]) / UPDATES
+        note = f"{share:5.1%}  {often:g} calls  {names.get(name, '')}"
+        bench.report.add(SECTION, name[:44], seconds[name] / UPDATES, "s", note)
     bench.report.add(SECTION, "trace", None, "", str(found[-1]))
 
 
@@ -66,10 +69,8 @@ def load(path: Path) -> list[dict[str, Any]]:
         return json.load(file)["traceEvents"]
 
 
-def operation_times(
-    events: list[dict[str, Any]],
-) -> tuple[dict[str, float], dict[str, int]]:
-    """Seconds and calls of every device operation, without what ran inside of it.
+def operation_times(events: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Seconds of every call of every device operation, without what ran inside of it, in order of time.
 
     On an accelerator its streams count; on a CPU the threads that operations ran on, where an operation may
     keep other threads busy too: there it counts once.
@@ -95,19 +96,19 @@ def operation_times(
         if wanted:
             by_thread[place].append((event["ts"], event.get("dur", 0.0), str(operation)))
 
-    seconds: dict[str, float] = collections.defaultdict(float)
-    calls: dict[str, int] = collections.defaultdict(int)
+    calls: dict[str, list[tuple[float, float]]] = collections.defaultdict(list)  # start, seconds
     for spans in by_thread.values():
-        open_spans: list[tuple[float, str]] = []
+        open_spans: list[tuple[float, str, int]] = []  # end, name, number of the call
         for start, length, name in sorted(spans, key=lambda span: (span[0], -span[1])):
             while open_spans and open_spans[-1][0] <= start:
                 open_spans.pop()
             if open_spans:
-                seconds[open_spans[-1][1]] -= 1e-6 * length
-            seconds[name] += 1e-6 * length
-            calls[name] += 1
-            open_spans.append((start + length, name))
-    return seconds, calls
+                _, outer, number = open_spans[-1]
+                begun, seconds = calls[outer][number]
+                calls[outer][number] = (begun, seconds - 1e-6 * length)
+            open_spans.append((start + length, name, len(calls[name])))
+            calls[name].append((start, 1e-6 * length))
+    return {name: [seconds for _, seconds in sorted(each)] for name, each in calls.items()}
 
 
 def source_names(program: str) -> dict[str, str]:

@@ -125,6 +125,7 @@ def _plain_transpose(x, kernel, stride, padding):
 # (kh, kw, c, d). The work is done a few images at a time, so that patches are used while they are in cache.
 
 _CHUNK_BYTES = 4 << 20
+_WIDE = 256  # columns
 
 
 def _chunk_size(images: int, bytes_per_image: int) -> int:
@@ -185,18 +186,31 @@ def _values(x, kernel, stride, padding):
     return jax.lax.map(chunk, _chunks(x, size)).reshape(x.shape[0], h, w, d)
 
 
-def _kernel_gradient(x, y, kernel_size, stride, padding):
-    """Gradient of the kernel: patches(x)^T @ y, summed over images and pixels.
+def _product_over_rows(
+    narrow: Float[Array, "rows d"], wide: Float[Array, "rows depth"]
+) -> Float[Array, "d depth"]:
+    """narrow^T @ wide in float32.
 
-    Computed as y^T @ patches: the matrix library is twice as fast when the transposed side is the narrow one.
+    Written with `narrow` already transposed, as the matrix library wants it; left to transpose it itself, XLA
+    takes another library, slower and allocating for every product. Where a row is little work, rows are taken
+    a few at a time, so that what is transposed is still in cache.
     """
+    rows, depth = wide.shape
+    few = () if depth >= _WIDE else range(64, 15, -1)
+    size = next((n for n in few if rows % n == 0), rows)
+    transposed = jax.lax.optimization_barrier(_chunks(narrow, size).swapaxes(1, 2))
+    return jnp.matmul(transposed, _chunks(wide, size), preferred_element_type=jnp.float32).sum(0)
+
+
+def _kernel_gradient(x, y, kernel_size, stride, padding):
+    """Gradient of the kernel: patches(x)^T @ y, summed over images and pixels."""
     c, d = x.shape[-1], y.shape[-1]
     depth = kernel_size[0] * kernel_size[1] * c
 
     def chunk(total, xy):
         x, y = xy
         patches = _patches(x, kernel_size, stride, padding).reshape(-1, depth)
-        return total + jnp.matmul(y.reshape(-1, d).T, patches, preferred_element_type=jnp.float32), None
+        return total + _product_over_rows(y.reshape(-1, d), patches), None
 
     size = _chunk_size(x.shape[0], 4 * y.shape[1] * y.shape[2] * depth)
     total, _ = jax.lax.scan(chunk, jnp.zeros((d, depth), jnp.float32), (_chunks(x, size), _chunks(y, size)))
@@ -284,8 +298,7 @@ def _dense_transpose_backward(stride, padding, saved, dy):
         x, dy = xy
         patches = _patches(dy, (kh, kw), stride, padding)
         dx = jnp.matmul(patches, matrix, preferred_element_type=jnp.float32).astype(dy.dtype)
-        flat = patches.reshape(-1, matrix.shape[0])
-        return total + jnp.matmul(x.reshape(-1, d).T, flat, preferred_element_type=jnp.float32), dx
+        return total + _product_over_rows(x.reshape(-1, d), patches.reshape(-1, matrix.shape[0])), dx
 
     size = _chunk_size(x.shape[0], 4 * x.shape[1] * x.shape[2] * matrix.shape[0])
     zero = jnp.zeros((d, matrix.shape[0]), jnp.float32)

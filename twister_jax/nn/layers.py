@@ -63,14 +63,17 @@ def layer_norm(features: int, epsilon: float, *, dtype: DTypeLike, rngs: nnx.Rng
 def norm_silu(norm: nnx.LayerNorm, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
     """silu(norm(x)), inside in float32, without keeping anything of x's size but x for the gradient.
 
-    Left to itself, XLA's CPU backend writes out what enters and leaves every sum over features; written as
-    one sum of two things, both ways stay single passes over memory.
+    Left to itself, XLA's CPU backend writes out what enters and leaves every sum over features; where these
+    are few, one sum of two things keeps both ways single passes over memory.
     """
     assert norm.scale is not None
     assert norm.bias is not None
     scale, bias = norm.scale[...], norm.bias[...]
     chex.assert_shape([scale, bias], x.shape[-1:])
     return _norm_silu(x, scale, bias, norm.epsilon).astype(norm.dtype or x.dtype)
+
+
+_WIDE = 256  # features
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -103,7 +106,12 @@ _norm_silu.defvjp(_norm_silu_forward, _norm_silu_backward)
 
 
 def _feature_means(a: Array, b: Array) -> tuple[Array, Array]:
-    """Means over the last axis, which stays with size 1, of two arrays in one reduction."""
+    """Means over the last axis, which stays with size 1, of two arrays.
+
+    Over a short axis in one reduction; over a long one in two, which XLA's CPU backend vectorises.
+    """
+    if a.shape[-1] >= _WIDE:
+        return jnp.mean(a, -1, keepdims=True), jnp.mean(b, -1, keepdims=True)
     zero = jnp.zeros((), a.dtype)
     sums = jax.lax.reduce(
         (a, b), (zero, zero), lambda x, y: (x[0] + y[0], x[1] + y[1]), dimensions=(a.ndim - 1,)
