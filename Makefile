@@ -16,7 +16,7 @@ PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3.13 python3 py
 	$(shell $(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
 
 .DEFAULT_GOAL := help
-.PHONY: help install train evaluate parity doctor bench test test-slow test-faults lint format types clean
+.PHONY: help install train evaluate parity doctor bench test test-slow test-learning test-faults lint format types clean
 
 help: ## this list
 	@echo "make train GAME=Breakout [AGENT=twister|twm] [SEED=0] [STEPS=100000] [PRESET=auto|paper|cpu|debug]"
@@ -50,10 +50,13 @@ bench: $(STAMP) ## throughput and utilisation
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 test: $(STAMP) ## all tests but the long ones, in two processes
-	@$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not faults and not slow' $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not faults and not slow and not learning' $(ARGS)
 
 test-slow: $(STAMP) ## what takes a compilation of its own: TWM killed and resumed, all benchmarks, ...
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(ARGS)
+
+test-learning: $(STAMP) ## both agents learn Catch, in float32 and bfloat16
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m learning $(ARGS)
 
 test-faults: $(STAMP) ## the long campaign: kills, damaged files, full disks
 	@$(BIN)/python -m pytest -m faults $(ARGS)

@@ -60,7 +60,7 @@ def measure(options: Options, config: configs.Config) -> int:
             try:
                 importlib.import_module(f"benchmarks.{name}").run(bench)
             except Exception as error:
-                # On a borrowed machine the sections that work are worth more than a traceback.
+                # Where time on a machine is short, the sections that work are worth more than a traceback.
                 report.fail(name, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
                 logging.getLogger(__name__).debug("section %s", name, exc_info=True)
                 bench.forget()

@@ -81,10 +81,11 @@ def _host_time(bench: "Bench") -> None:
         acted = time.perf_counter()
         jax.block_until_ready(action)
         resumed = time.perf_counter()
-        # As `training.loop.Run.store` does.
-        parts = (frames, action, reward, first, first)
-        subject.replay = insert(subject.replay, Transition(*map(jnp.asarray, parts)))
+        # As `training.loop.Run.store` does: the frames travel once.
         observation = Observation(jnp.array(frames), jnp.array(first))
+        given, terminal = jnp.asarray(reward), jnp.asarray(first)
+        transition = Transition(observation.image, action, given, terminal, observation.is_first)
+        subject.replay = insert(subject.replay, transition)
         stored = time.perf_counter()
         jax.block_until_ready(subject.replay)
         if index >= 3:

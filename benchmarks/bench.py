@@ -36,7 +36,7 @@ class Bench:
         return self._subject
 
     def forget(self) -> None:
-        """After a failure: donated buffers may be gone."""
+        """Whoever asks next gets a new subject: donated buffers may be gone, or memory is wanted."""
         self._subject = None
 
     @property

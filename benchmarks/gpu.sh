@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Everything that wants measuring on a borrowed GPU, in one command and within MINUTES (9) of wall time:
+# Everything that wants measuring on a GPU, in one command and within MINUTES (9) of wall time:
 #
 #   benchmarks/gpu.sh
 #
 # First bfloat16 with a profile, then float32, then a real paper run on Pong for the minutes that are left.
 # Results go to $OUT (default benchmarks/out), one flat folder, and are rewritten after every section, so that
 # what is cut off costs only itself: a JSON file for each part, all tables, the trace, and the run's metrics.
+# The exit code is 1 if a part failed or was cut off.
 #   PYTHON   the Python that has JAX (default .venv/bin/python, else python3)
 #   WHEELS   a folder of wheels of what that Python lacks; installed into a folder of their own first
 #   AGENT    twister or twm
@@ -28,6 +29,7 @@ left() { echo $((ends - $(date +%s))); }
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 mkdir -p "$OUT"
+status=0
 : >"$OUT/tables.txt"
 
 if [ -n "${WHEELS:-}" ]; then
@@ -48,12 +50,12 @@ bench() {
   # shellcheck disable=SC2086
   timeout --kill-after=10 "$seconds" "$PYTHON" -m benchmarks --agent "$AGENT" --preset "$PRESET" $QUICK \
     --minutes "$(awk "BEGIN { print $seconds * 0.8 / 60 }")" --budget 10 --json "$OUT/$name.json" "$@" 2>&1 |
-    tee -a "$OUT/tables.txt"
+    tee -a "$OUT/tables.txt" || status=1
 }
 
 share() { echo $((MINUTES * 60 * $1 / 100)); }
 
-# What matters most comes first: all of it fits in far less time when nothing goes wrong.
+# What matters most comes first.
 bench bfloat16 "$(share 35)" --precision bfloat16 --only peak update breakdown acting loop --profile "$scratch/profile"
 find "$scratch/profile" -name '*.trace.json.gz' -size -15M -exec cp {} "$OUT/trace.json.gz" \; 2>/dev/null
 bench growth "$(share 20)" --precision bfloat16 --only growth
@@ -68,3 +70,4 @@ if [ "$seconds" -gt 20 ]; then
   cp "$scratch/run/metrics.jsonl" "$OUT/pong-metrics.jsonl" 2>/dev/null
 fi
 echo "== results in $OUT: $(ls "$OUT" | tr '\n' ' ')"
+exit $status

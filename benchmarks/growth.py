@@ -1,7 +1,5 @@
 """How an update grows: with the batch, with the length of windows, and with seeds in one program."""
 
-import contextlib
-import ctypes
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks.machine import limited_host_memory
 from benchmarks.options import resized
 from benchmarks.subject import make_subject
 from benchmarks.timing import Clock, Program, compile_program
 from twister_jax import config as configs
+from twister_jax.allocator import return_freed_memory
 from twister_jax.config import Config
 from twister_jax.errors import UserError
 from twister_jax.randomness import Purpose, key_for
@@ -29,6 +29,7 @@ _REPLAY_STEPS = 10_000
 def run(bench: "Bench") -> None:
     """One size grows, the others stay as they are."""
     quick = bench.options.quick
+    bench.forget()  # its state and replay would take memory from the largest sizes
     _grow(bench, "batch_size", (4, 8) if quick else (4, 8, 16, 32, 64))
     _grow(bench, "batch_length", (16, 32) if quick else (16, 32, 64, 128))
     _grow(bench, "seeds", (1, 2) if quick else (1, 2, 3, 4, 5))
@@ -49,17 +50,23 @@ def _grow(bench: "Bench", what: str, values: Sequence[int]) -> None:
         config = bench.config if what == "seeds" else resized(bench.config, **{what: value})
         try:
             configs.validate(config)
-            seconds = _measure(bench, name, config, seeds)
-        except (UserError, jax.errors.JaxRuntimeError) as error:  # memory, or sizes that do not go together
+        except UserError as error:
+            report.add(SECTION, name, None, "s", f"not measured: {str(error)[:200]}")
+            continue
+        try:
+            with limited_host_memory():
+                seconds = _measure(bench, name, config, seeds)
+        except (UserError, jax.errors.JaxRuntimeError) as error:  # not enough memory
             report.add(SECTION, name, None, "s", f"not measured: {str(error)[:200]}")
             return
         last = (value, seconds)
+        report.write()
 
 
 def _measure(bench: "Bench", name: str, config: Config, seeds: int) -> float:
     report = bench.report
     program, arguments, tokens = _compile(config, seeds)
-    _return_freed_memory()
+    return_freed_memory()  # or it would count as taken
     check_memory({"update": program.temp_bytes}, jax.devices()[0])
     started = time.perf_counter()
 
@@ -74,12 +81,6 @@ def _measure(bench: "Bench", name: str, config: Config, seeds: int) -> float:
     report.rate(SECTION, f"{name}, tokens", tokens, times, "tokens/s")
     report.add(SECTION, f"{name}, temporary memory", program.temp_bytes, "B")
     return times.median
-
-
-def _return_freed_memory() -> None:
-    """Freed memory is kept (see `twister_jax.allocator`), and would count as taken."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _compile(config: Config, seeds: int) -> tuple[Program, tuple[Any, Any, Any], int]:

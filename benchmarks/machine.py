@@ -1,14 +1,18 @@
 """The machine and the program that the numbers belong to."""
 
+import contextlib
 import os
 import platform
 import resource
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jaxlib
+
+from twister_jax.training.rundir import host_available
 
 
 def describe(precision: str) -> dict[str, Any]:
@@ -54,6 +58,29 @@ def host_peak_bytes() -> int:
     """Most memory this process ever held."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
+
+
+@contextlib.contextmanager
+def limited_host_memory() -> Iterator[None]:
+    """What does not fit raises JAX's RESOURCE_EXHAUSTED, before the kernel has to kill the process for it.
+
+    The heap may grow to what this process holds now and what is free. Does nothing where that is unknown, or
+    where an accelerator's memory is what counts.
+    """
+    free = host_available() if jax.default_backend() == "cpu" else None
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    try:
+        held = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        free = None
+    if free is None:
+        yield
+        return
+    resource.setrlimit(resource.RLIMIT_DATA, (held + free, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def _cpu() -> str:

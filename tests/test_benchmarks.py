@@ -1,13 +1,15 @@
 """The benchmarks: their counts, their refusals, and that the whole thing runs at the smallest size."""
 
 import json
+import resource
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import loop, operations, profiling
+from benchmarks import loop, machine, operations, profiling
 from benchmarks.__main__ import main
 from benchmarks.options import SECTIONS, make_config, parse
 from benchmarks.report import Report, Row
@@ -195,6 +197,12 @@ def test_profile_counts_operations_without_what_runs_inside_them():
     assert times["dot.2"] == pytest.approx([3e-6, 4e-6, 4e-6])
 
 
+def test_profile_leaves_the_first_update_out():
+    times = {"dot": [9.0, 9.0, 1.0, 2.0, 1.0, 2.0, 1.0, 2.0], "add": [8.0, 3.0, 3.0, 3.0]}
+    kept = profiling.without_first_update(times)
+    assert kept == {"dot": [1.0, 2.0] * 3, "add": [3.0] * 3}
+
+
 def test_profile_of_an_accelerator_reads_its_streams():
     events = [
         label("process", "/host:CPU", 1),
@@ -238,3 +246,12 @@ def test_operations_are_named_after_their_source():
         "dot.1": "<- nn/layers.py:70 Head.__call__",
         "copy.2": "copy",
     }
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux only")
+def test_what_does_not_fit_is_an_error_and_nothing_is_killed(monkeypatch):
+    monkeypatch.setattr(machine, "host_available", lambda: 1 << 28)
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"), machine.limited_host_memory():
+        jax.block_until_ready(jax.jit(lambda: jnp.ones(1 << 32, jnp.uint8))())
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before

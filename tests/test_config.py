@@ -126,6 +126,12 @@ def test_what_cannot_work_is_refused_with_field_and_fix(field, value, message):
     assert "\n" not in str(caught.value)
 
 
+def test_twm_imagines_from_no_more_steps_than_a_batch_has():
+    message = r"imagination_batch = 400: must be at most algorithm\.batch_size x algorithm\.batch_length = 64"
+    with pytest.raises(UserError, match=message):
+        validate(make_config("twm", "paper", **{"algorithm.batch_size": 4}))
+
+
 def test_all_problems_are_told_at_once():
     with pytest.raises(UserError, match=r"env\.num_envs.*train\.steps"):
         validate(make_config("twister", "paper", **{"env.num_envs": 0, "train.steps": 0}))

@@ -913,6 +913,11 @@ def _twm_problems(config: Config) -> Iterator[str]:
             f"cosines of positions"
         )
     length = algorithm.batch_length
+    if algorithm.imagination_batch > algorithm.batch_size * length:
+        yield (
+            f"algorithm.imagination_batch = {algorithm.imagination_batch}: must be at most "
+            f"algorithm.batch_size x algorithm.batch_length = {algorithm.batch_size * length}"
+        )
     yield from _too_few_steps(
         config, length + 2, f"a window of algorithm.batch_length = {length} steps and two"
     )

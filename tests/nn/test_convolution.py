@@ -131,6 +131,28 @@ def test_half_precision_keeps_its_type(function, form):
 
 
 @pytest.mark.parametrize("function", [conv2d, conv2d_transpose])
+@pytest.mark.parametrize("channels", [3, 24])
+def test_half_precision_rounds_no_more_than_its_inputs(function, channels):
+    """Sums are taken in float32: of the same rounded numbers, only the result is rounded."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, kernel = (
+        jax.random.normal(keys[0], (4, 16, 16, channels)),
+        jax.random.normal(keys[1], (4, 4, channels, 8)),
+    )
+    x, kernel = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+    out = jax.eval_shape(lambda x, k: function(x, k, stride=2, padding=1), x, kernel)
+    dy = jax.random.normal(keys[2], out.shape).astype(jnp.bfloat16)
+
+    def run(dtype, form):
+        arguments = (x.astype(dtype), kernel.astype(dtype))
+        y, back = jax.vjp(lambda *p: function(*p, stride=2, padding=1, form=form), *arguments)
+        return y, *back(dy.astype(dtype))
+
+    for rounded, exact in zip(run(jnp.bfloat16, "dense"), run(jnp.float32, "plain"), strict=True):
+        close(rounded.astype(jnp.float32), exact, tolerance=1e-3)
+
+
+@pytest.mark.parametrize("function", [conv2d, conv2d_transpose])
 @pytest.mark.parametrize(
     ("x", "kernel", "stride", "padding"),
     [

@@ -229,10 +229,10 @@ def test_a_lower_limit_of_the_control_group_counts(tmp_path, cgroup, files, expe
         usage = "memory.current" if name.endswith("max") else "memory.usage_in_bytes"
         (path.parent / usage).write_text("1000")
         (path.parent / "memory.stat").write_text("anon 7\nactive_file 100\ninactive_file 200\n")
-    assert rundir._host_available(proc, groups) == expected
+    assert rundir.host_available(proc, groups) == expected
 
 
 def test_nothing_is_refused_where_the_memory_is_unknown(tmp_path, monkeypatch):
-    assert rundir._host_available(tmp_path, tmp_path) is None
-    monkeypatch.setattr(rundir, "_host_available", lambda: None)
+    assert rundir.host_available(tmp_path, tmp_path) is None
+    monkeypatch.setattr(rundir, "host_available", lambda: None)
     check_memory({"replay": 10**18})

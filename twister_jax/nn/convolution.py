@@ -125,7 +125,7 @@ def _plain_transpose(x, kernel, stride, padding):
 # (kh, kw, c, d). The work is done a few images at a time, so that patches are used while they are in cache.
 
 _CHUNK_BYTES = 4 << 20
-_WIDE = 256  # columns
+_WIDE = 256  # columns of a matrix
 
 
 def _chunk_size(images: int, bytes_per_image: int) -> int:

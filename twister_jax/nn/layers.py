@@ -73,7 +73,7 @@ def norm_silu(norm: nnx.LayerNorm, x: Float[Array, "*batch features"]) -> Float[
     return _norm_silu(x, scale, bias, norm.epsilon).astype(norm.dtype or x.dtype)
 
 
-_WIDE = 256  # features
+_LONG_AXIS = 256
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -110,7 +110,7 @@ def _feature_means(a: Array, b: Array) -> tuple[Array, Array]:
 
     Over a short axis in one reduction; over a long one in two, which XLA's CPU backend vectorises.
     """
-    if a.shape[-1] >= _WIDE:
+    if a.shape[-1] >= _LONG_AXIS:
         return jnp.mean(a, -1, keepdims=True), jnp.mean(b, -1, keepdims=True)
     zero = jnp.zeros((), a.dtype)
     sums = jax.lax.reduce(

@@ -177,7 +177,7 @@ def check_memory(needed: dict[str, int], device: Any = None) -> None:
     if "bytes_limit" in stats:
         where, available = str(device), stats["bytes_limit"] - stats.get("bytes_in_use", 0)
     else:
-        where, free = "this host", _host_available()
+        where, free = "this host", host_available()
         if free is None:
             return
         available = free
@@ -190,7 +190,7 @@ def check_memory(needed: dict[str, int], device: Any = None) -> None:
         )
 
 
-def _host_available(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
+def host_available(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Bytes this process can still take: what the machine has free, or its control group if less."""
     free = []
     try:
