@@ -198,8 +198,10 @@ def _product_over_rows(
     rows, depth = wide.shape
     few = () if depth >= _WIDE else range(64, 15, -1)
     size = next((n for n in few if rows % n == 0), rows)
+    # In float32 from the start: some products of bfloat16 behind a barrier XLA's CPU backend cannot run.
+    narrow, wide = narrow.astype(jnp.float32), wide.astype(jnp.float32)
     transposed = jax.lax.optimization_barrier(_chunks(narrow, size).swapaxes(1, 2))
-    return jnp.matmul(transposed, _chunks(wide, size), preferred_element_type=jnp.float32).sum(0)
+    return jnp.matmul(transposed, _chunks(wide, size)).sum(0)
 
 
 def _kernel_gradient(x, y, kernel_size, stride, padding):
