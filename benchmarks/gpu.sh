@@ -6,7 +6,7 @@
 # First bfloat16 with a profile, then float32, then a real paper run on Pong for the minutes that are left.
 # Results go to $OUT (default benchmarks/out), one flat folder, and are rewritten after every section, so that
 # what is cut off costs only itself: a JSON file for each part, all tables, the trace, and the run's metrics.
-# The exit code is 1 if a part failed or was cut off.
+# The exit code is 1 if a measurement failed, was cut off or found no time left.
 #   PYTHON   the Python that has JAX (default .venv/bin/python, else python3)
 #   WHEELS   a folder of wheels of what that Python lacks; installed into a folder of their own first
 #   AGENT    twister or twm
@@ -45,7 +45,7 @@ bench() {
   local name=$1 seconds=$2
   shift 2
   [ "$(left)" -lt "$seconds" ] && seconds=$(left)
-  [ "$seconds" -lt 15 ] && { echo "== $name: no time left"; return; }
+  [ "$seconds" -lt 15 ] && { echo "== $name: no time left"; status=1; return; }
   echo "== $name, at most $seconds s"
   # shellcheck disable=SC2086
   timeout --kill-after=10 "$seconds" "$PYTHON" -m benchmarks --agent "$AGENT" --preset "$PRESET" $QUICK \

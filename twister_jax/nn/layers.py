@@ -73,9 +73,6 @@ def norm_silu(norm: nnx.LayerNorm, x: Float[Array, "*batch features"]) -> Float[
     return _norm_silu(x, scale, bias, norm.epsilon).astype(norm.dtype or x.dtype)
 
 
-_LONG_AXIS = 256
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _norm_silu(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
     return _norm_silu_forward(x, scale, bias, epsilon)[0]
@@ -103,6 +100,9 @@ def _norm_silu_backward(epsilon, saved, dy):
 
 
 _norm_silu.defvjp(_norm_silu_forward, _norm_silu_backward)
+
+
+_LONG_AXIS = 256
 
 
 def _feature_means(a: Array, b: Array) -> tuple[Array, Array]:
