@@ -1,7 +1,7 @@
 """How an update grows: with the batch, with the length of windows, and with seeds in one program."""
 
-import time
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from benchmarks.machine import limited_host_memory
 from benchmarks.options import resized
 from benchmarks.subject import make_subject
-from benchmarks.timing import Clock, Program, compile_program
+from benchmarks.timing import Clock, Program, Times, compile_program
 from twister_jax import config as configs
+from twister_jax.agent import Agent
 from twister_jax.allocator import return_freed_memory
 from twister_jax.config import Config
 from twister_jax.errors import UserError
@@ -26,74 +27,109 @@ _REPLAY_STEPS = 10_000
 """Of each store here; five stores of full size would not fit everywhere."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Case:
+    name: str
+    size: int
+    """What an update's time is expected to be proportional to, within one series of cases."""
+    config: Config
+    seeds: int = 1
+    in_turn: bool = False
+
+
 def run(bench: "Bench") -> None:
     """One size grows, the others stay as they are."""
     quick = bench.options.quick
     bench.forget()  # its state and replay would take memory from the largest sizes
-    _grow(bench, "batch_size", (4, 8) if quick else (4, 8, 16, 32, 64))
-    _grow(bench, "batch_length", (16, 32) if quick else (16, 32, 64, 128))
-    _grow(bench, "seeds", (1, 2) if quick else (1, 2, 3, 4, 5))
+    one = _Case("seeds 1", 1, bench.config)
+    for in_turn, how in ((False, "side by side"), (True, "in turn")):
+        counts = (2,) if quick else (5, 2, 3, 4)  # five is what people train, and time may run out
+        seeds = [_Case(f"seeds {count} {how}", count, bench.config, count, in_turn) for count in counts]
+        _grow(bench, seeds, baseline=one)
+    _grow(bench, _sizes(bench, "batch_size", (4, 8) if quick else (4, 8, 16, 32, 64)))
+    _grow(bench, _sizes(bench, "batch_length", (16, 32) if quick else (16, 32, 64, 128)))
 
 
-def _grow(bench: "Bench", what: str, values: Sequence[int]) -> None:
-    """Until one update would outlast the budget, or the memory would not suffice."""
+def _sizes(bench: "Bench", what: str, values: Sequence[int]) -> list[_Case]:
+    name = what.replace("_", " ")
+    return [_Case(f"{name} {value}", value, resized(bench.config, **{what: value})) for value in values]
+
+
+def _grow(bench: "Bench", cases: Sequence[_Case], baseline: _Case | None = None) -> None:
+    """Measures what the budget allows and the memory holds, by turns with the baseline if there is one."""
     report, budget = bench.report, bench.options.budget
-    last: tuple[int, float] | None = None
-    for value in values:
-        name = f"{what.replace('_', ' ')} {value}"
-        expected = last[1] * value / last[0] if last else 0.0
-        if bench.out_of_time or expected > budget:
-            why = "--minutes are over" if bench.out_of_time else f"an update would take {expected:.3g} s"
-            report.add(SECTION, name, None, "s", f"not measured: {why}")
-            return
-        seeds = value if what == "seeds" else 1
-        config = bench.config if what == "seeds" else resized(bench.config, **{what: value})
+    clock: Clock | None = None  # of the baseline
+    rate: float | None = None  # seconds to a unit of size
+    too_large: int | None = None
+    for case in cases:
         try:
-            configs.validate(config)
+            if bench.out_of_time:
+                raise UserError("--minutes are over")
+            if too_large is not None and case.size >= too_large:
+                raise UserError(f"size {too_large} does not fit already")
+            configs.validate(case.config)
+            if baseline is not None and clock is None:
+                clock = _start(bench, baseline)[1]
+                rate = clock.sample() / baseline.size
+            if rate is not None and rate * case.size > budget:
+                raise UserError(f"an update would take {rate * case.size:.3g} s")
         except UserError as error:
-            report.add(SECTION, name, None, "s", f"not measured: {str(error)[:200]}")
+            report.add(SECTION, case.name, None, "s", f"not measured: {str(error)[:200]}")
             continue
         try:
             with limited_host_memory():
-                seconds = _measure(bench, name, config, seeds)
-        except (UserError, jax.errors.JaxRuntimeError) as error:  # not enough memory
-            report.add(SECTION, name, None, "s", f"not measured: {str(error)[:200]}")
-            return
-        last = (value, seconds)
+                rate = _measure(bench, case, clock).median / case.size
+        except (UserError, jax.errors.JaxRuntimeError, MemoryError) as error:
+            report.add(SECTION, case.name, None, "s", f"not measured: {str(error)[:200]}")
+            too_large = case.size
+            clock = None  # its donated state may be gone
         report.write()
 
 
-def _measure(bench: "Bench", name: str, config: Config, seeds: int) -> float:
-    report = bench.report
-    program, arguments, tokens = _compile(config, seeds)
+def _start(bench: "Bench", case: _Case) -> tuple[Program, Clock, int]:
+    """The compiled update, a clock that has warmed up, and the tokens of an update."""
+    program, arguments, tokens = _compile(case)
     return_freed_memory()  # or it would count as taken
     check_memory({"update": program.temp_bytes}, jax.devices()[0])
-    started = time.perf_counter()
 
     def step(carry: Any) -> Any:
         state, replay, _, keys = carry
         return *program.call(state, replay, keys), keys
 
-    clock = Clock(step, (*arguments[:2], None, arguments[2]), bench.fill)
-    left = bench.options.budget - (time.perf_counter() - started)
-    times = clock.take(bench.options.repeats, left)
-    report.time(SECTION, name, times, f"compiled, or found in the cache, in {program.seconds:.3g} s")
-    report.rate(SECTION, f"{name}, tokens", tokens, times, "tokens/s")
-    report.add(SECTION, f"{name}, temporary memory", program.temp_bytes, "B")
-    return times.median
+    return program, Clock(step, (*arguments[:2], None, arguments[2]), bench.fill), tokens
 
 
-def _compile(config: Config, seeds: int) -> tuple[Program, tuple[Any, Any, Any], int]:
+def _measure(bench: "Bench", case: _Case, beside: Clock | None) -> Times:
+    report, options = bench.report, bench.options
+    program, clock, tokens = _start(bench, case)
+    times = clock.take(options.repeats, options.budget, beside)
+    report.time(SECTION, case.name, times, f"compiled, or found in the cache, in {program.seconds:.3g} s")
+    report.rate(SECTION, f"{case.name}, tokens", tokens, times, "tokens/s")
+    if beside is not None:
+        report.time(SECTION, f"{case.name}, one seed", beside.times, "an update of one before each of these")
+        ratio = times.median / beside.times.median
+        report.add(SECTION, f"{case.name}, times one seed", ratio, "", "of the medians")
+    report.add(SECTION, f"{case.name}, temporary memory", program.temp_bytes, "B")
+    return times
+
+
+def _compile(case: _Case) -> tuple[Program, tuple[Any, Any, Any], int]:
     """The update for all seeds at once, its arguments, and its tokens."""
-    subject = make_subject(config, _REPLAY_STEPS)
-    keys = jnp.stack([key_for(seed, Purpose.INIT) for seed in range(seeds)])
-    update = subject.agent.update
-    if seeds == 1:
+    subject = make_subject(case.config, _REPLAY_STEPS)
+    keys = jnp.stack([key_for(seed, Purpose.INIT) for seed in range(case.seeds)])
+    if case.seeds == 1:
         arguments = (subject.state, subject.replay, keys[0])
     else:
-        update = jax.vmap(update)
         state = jax.jit(jax.vmap(subject.agent.init))(keys)
-        replay = jax.tree.map(lambda x: jnp.stack([x] * seeds), subject.replay)
+        replay = jax.tree.map(lambda x: jnp.stack([x] * case.seeds), subject.replay)
         arguments = (jax.tree.map(jnp.copy, state), replay, keys)
-    program = compile_program(update, *arguments, donate=(0, 1))
-    return program, arguments, seeds * subject.agent.tokens_per_update
+    update, donated = _update(subject.agent, case)
+    program = compile_program(update, *arguments, donate=donated)
+    return program, arguments, case.seeds * subject.agent.tokens_per_update
+
+
+def _update(agent: Agent, case: _Case) -> tuple[Callable[..., Any], tuple[int, ...]]:
+    """The function, and the arguments to donate."""
+    if case.seeds == 1:
+        return agent.update, (0, 1)
+    return (agent.update_in_turn, (1,)) if case.in_turn else (jax.vmap(agent.update), (0, 1))

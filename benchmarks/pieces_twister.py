@@ -1,4 +1,4 @@
-"""TWISTER's update in pieces; the order and the functions are those of `twister_jax.twister.agent.update`."""
+"""TWISTER's update in pieces; the order and the functions are those of `twister_jax.twister.agent`."""
 
 from typing import Any
 
@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from benchmarks.pieces import Convolution, Piece, Pieces, convolution_layers, in_order
 from benchmarks.subject import Subject
-from twister_jax import replay as replay_store
 from twister_jax.agent import compute_dtype
 from twister_jax.config import TwisterConfig
 from twister_jax.nn.distributions import KeySampler
@@ -33,7 +32,7 @@ def pieces(subject: Subject, key: jax.Array) -> Pieces:
     sound = jnp.ones((), bool)
 
     def sample(replay, key):
-        return replay_store.sample(replay, key, algorithm.batch_size, algorithm.batch_length)
+        return subject.agent.sample(replay, key)[0]  # the replay, not donated here, would be copied
 
     windows = yield Piece("replay sampling", sample, (subject.replay, key))
 

@@ -1,4 +1,4 @@
-"""TWM's update in pieces; the order and the functions are those of `twister_jax.twm.agent.update`."""
+"""TWM's update in pieces; the order and the functions are those of `twister_jax.twm.agent`."""
 
 from typing import Any
 
@@ -12,7 +12,6 @@ from twister_jax.config import TwmConfig
 from twister_jax.nn.distributions import KeySampler
 from twister_jax.optimizer import apply_gradients
 from twister_jax.twm import behavior
-from twister_jax.twm import windows as replay_windows
 from twister_jax.twm.agent import NETWORKS, make_networks
 from twister_jax.twm.dynamics import dynamics_total
 from twister_jax.twm.observation import IMAGE_SIZE, flat, to_float
@@ -33,22 +32,15 @@ def pieces(subject: Subject, key: jax.Array) -> Pieces:
     """From the replay to the new parameters."""
     algorithm, state = subject.config.algorithm, subject.state
     assert isinstance(algorithm, TwmConfig)
-    stack = algorithm.model.frame_stack
     networks = make_networks(algorithm, subject.spec.num_actions, compute_dtype(subject.config.precision))
     merge = networks.merge
     params = state.params
 
     def sample(replay, key):
-        return replay_windows.sample_balanced(
-            replay,
-            key,
-            algorithm.batch_size,
-            algorithm.batch_length + 2,
-            stack,
-            algorithm.sampling_temperature,
-        )
+        return subject.agent.sample(replay, key)[0]  # the replay, not donated here, would be copied
 
-    windows, _ = yield Piece("replay sampling", sample, (subject.replay, key))
+    batch = yield Piece("replay sampling", sample, (subject.replay, key))
+    windows = batch.windows
 
     # Encoder and decoder, on the steps that are trained on.
     trained = jax.jit(lambda windows: to_float(windows.frames[:, 1:-1]))(windows)
@@ -134,22 +126,21 @@ def pieces(subject: Subject, key: jax.Array) -> Pieces:
     yield Piece("optimisers, world model", step(NETWORKS[:2]), (gradients, state))
 
     # Imagination.
-    def imagination(params, latent, windows, replay, key):
-        candidates = starts(latent, windows)
+    def imagination(params, latent, batch, key):
+        candidates = starts(latent, batch.windows)
         chosen = jax.random.permutation(key, candidates.reward.shape[0])[: algorithm.imagination_batch]
-        fresh = replay_windows.sample_frames(replay, key, algorithm.restart_frames, stack)
         encoder = merge("observation", params["observation"]).encoder
         return behavior.imagine(
             merge("dynamics", params["dynamics"]),
             merge("actor", params["actor"]),
             jax.tree.map(lambda x: x[chosen], candidates),
-            flat(encoder(to_float(fresh)).draw(key)),
+            flat(encoder(to_float(batch.fresh)).draw(key)),
             jax.random.split(key, algorithm.imagination_horizon),
             KeySampler,
             algorithm,
         )[0]
 
-    trajectory = yield Piece("imagination", imagination, (params, seen.latent, windows, subject.replay, key))
+    trajectory = yield Piece("imagination", imagination, (params, seen.latent, batch, key))
 
     # Actor and critic.
     def actor_and_critic(params, trajectory):

@@ -56,12 +56,19 @@ class Clock:
         self.samples.append((time.perf_counter() - started) / self.calls)
         return self.samples[-1]
 
-    def take(self, repeats: int, budget: float) -> Times:
-        """Takes `repeats` samples, or at least three when they would take more than `budget` seconds."""
+    def take(self, repeats: int, budget: float, beside: "Clock | None" = None) -> Times:
+        """Takes `repeats` samples, or at least three when they would take more than `budget` seconds.
+
+        Each follows a sample of the clock `beside`, which forgets its earlier ones: both see one machine.
+        """
         started = time.perf_counter()
+        if beside is not None:
+            beside.samples = []
         for done in range(repeats):
             if done >= 3 and time.perf_counter() - started > budget:
                 break
+            if beside is not None:
+                beside.sample()
             self.sample()
         return self.times
 
@@ -82,6 +89,7 @@ class Program:
     """Of its matrix products, loops included; see `operations.count`."""
     xla_operations: float
     temp_bytes: int
+    """Scratch memory, and results that do not take the place of donated arguments."""
     argument_bytes: int
     text: Callable[[], str]
     """The optimised program, as XLA prints it."""
@@ -94,12 +102,15 @@ def compile_program(function: Callable[..., Any], *args: Any, donate: tuple[int,
     compiled = traced.lower().compile()
     seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()
+    sizes = {
+        name: getattr(memory, f"{name}_size_in_bytes", 0) for name in ("temp", "argument", "output", "alias")
+    }
     return Program(
         call=compiled,
         seconds=seconds,
         operations=operations.count(traced.jaxpr),
         xla_operations=operations.xla_count(compiled),
-        temp_bytes=getattr(memory, "temp_size_in_bytes", 0),
-        argument_bytes=getattr(memory, "argument_size_in_bytes", 0),
+        temp_bytes=sizes["temp"] + max(0, sizes["output"] - sizes["alias"]),
+        argument_bytes=sizes["argument"],
         text=compiled.as_text,
     )

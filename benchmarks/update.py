@@ -75,16 +75,10 @@ def _speed(bench: "Bench") -> None:
     """Updates and yardstick by turns, so that both see the same machine."""
     report, options, yardstick = bench.report, bench.options, bench.yardstick
     program, clock = bench.compile_update(), bench.update_clock()
-    before, spent = len(yardstick.clock.samples), 0.0
-    for done in range(options.repeats):
-        if done >= 3 and spent > options.budget:
-            break
-        yardstick.clock.sample()
-        spent += clock.sample() * clock.calls
+    times = clock.take(options.repeats, options.budget, beside=yardstick.clock)
     yardstick.clock.sample()
-    yardstick.clock.samples = yardstick.clock.samples[before:]
     bench.keep(clock)
-    times, tokens = clock.times, bench.subject.agent.tokens_per_update
+    tokens = bench.subject.agent.tokens_per_update
     bench.update_times = times
     report.time(SECTION, "one update", times, f"{clock.calls} in a row to a sample")
     report.rate(SECTION, "tokens", tokens, times, "tokens/s", f"{tokens} replayed steps to an update")

@@ -16,6 +16,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 State = Any
 """One pytree with everything that learns: parameters, optimisers, averages, counters."""
+Batch = Any
+"""Everything that one update reads of the replay."""
 Carry = Any
 """What acting remembers of each environment between two steps."""
 Metrics = dict[str, Float[Array, ""]]
@@ -91,7 +93,8 @@ class Agent:
       init_carry: (state, number of environments) -> carry for acting from a reset.
       act: (state, carry, observation, key) -> (action [env, num_actions], carry), the policy sampled.
       act_evaluate: the same by the evaluation protocol of the paper (mode or sample).
-      update: (state, replay, key) -> (state, replay, metrics). Draws its own windows from the replay.
+      sample: (replay, key) -> (batch, replay). The replay may count what was drawn.
+      learn: (state, batch, key) -> (state, metrics). With the key that the batch was drawn with.
       report: (state, replay, key) -> {name: uint8 picture [height, width, 3]} for people to look at.
       loss_names: the loss terms in the order they are computed, as in `Health.first_bad`.
       health: state -> `Health`.
@@ -106,13 +109,33 @@ class Agent:
     act_evaluate: Callable[
         [State, Carry, Observation, PRNGKeyArray], tuple[Float[Array, "env action"], Carry]
     ]
-    update: Callable[[State, Any, PRNGKeyArray], tuple[State, Any, Metrics]]
+    sample: Callable[[Any, PRNGKeyArray], tuple[Batch, Any]]
+    learn: Callable[[State, Batch, PRNGKeyArray], tuple[State, Metrics]]
     report: Callable[[State, Any, PRNGKeyArray], dict[str, UInt8[Array, "height width 3"]]]
     loss_names: tuple[str, ...]
     health: Callable[[State], Health]
     min_replay_steps: int
     tokens_per_update: int
     pretraining: tuple[Pretraining, ...] = ()
+
+    def update(self, state: State, replay: Any, key: PRNGKeyArray) -> tuple[State, Any, Metrics]:
+        """Draws from the replay, and learns. Donate state and replay, so that they are updated in place."""
+        batch, replay = self.sample(replay, key)
+        state, metrics = self.learn(state, batch, key)
+        return state, replay, metrics
+
+    def update_in_turn(self, states: State, replays: Any, keys: PRNGKeyArray) -> tuple[State, Any, Metrics]:
+        """One update of each of several seeds, in one program, one seed after the other.
+
+        It computes what `jax.vmap(agent.update)` computes, in the scratch memory of one update, and is the
+        choice where one update fills the device: there learning side by side is no faster.
+
+        Every leaf of the arguments and results has a leading axis, the seed. Donate the replays but not the
+        states: XLA's CPU backend copies donated states, and the new ones take a place of their own anyway.
+        """
+        batches, replays = jax.vmap(self.sample)(replays, keys)
+        states, metrics = jax.lax.map(lambda one: self.learn(*one), (states, batches, keys))
+        return states, replays, metrics
 
 
 def compute_dtype(precision: str) -> Any:

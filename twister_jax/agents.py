@@ -21,7 +21,7 @@ def make_agent(config: Config, spec: EnvSpec) -> Agent:
     agent = importlib.import_module(f"twister_jax.{config.agent}.agent").make_agent(config, spec)
     if config.precision != "float32" or jax.default_backend() == "cpu":
         return agent
-    exact = {name: _exactly(getattr(agent, name)) for name in ("act", "act_evaluate", "update", "report")}
+    exact = {name: _exactly(getattr(agent, name)) for name in ("act", "act_evaluate", "learn", "report")}
     phases = tuple(dataclasses.replace(phase, update=_exactly(phase.update)) for phase in agent.pretraining)
     return dataclasses.replace(agent, **exact, pretraining=phases)
 

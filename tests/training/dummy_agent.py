@@ -42,8 +42,10 @@ def make_agent(config, spec, *, bad_from=None, bad_until=10**9, phases=PHASES, w
         choice = jax.random.categorical(key, logits) if sample else jnp.argmax(logits, -1)
         return jax.nn.one_hot(choice, spec.num_actions), {"memory": memory}
 
-    def update(state, replay, key, scale=1.0):
-        windows = replays.sample(replay, key, 4, WINDOW)
+    def sample(replay, key):
+        return replays.sample(replay, key, 4, WINDOW), replay
+
+    def learn(state, windows, key, scale=1.0):
         image = jnp.mean(windows.image / 255.0)
         noise = jax.random.normal(key, state["w"].shape)
         loss = jnp.mean(state["w"] ** 2) + image + jnp.mean(windows.reward)
@@ -59,7 +61,12 @@ def make_agent(config, spec, *, bad_from=None, bad_until=10**9, phases=PHASES, w
             "updates": state["updates"] + 1,
             "health": state["health"].record(jnp.stack([jnp.zeros((), bool), bad])),
         }
-        return state, replay, {"losses/image": image, "losses/weights": loss, "drawn": noise[0, 0]}
+        return state, {"losses/image": image, "losses/weights": loss, "drawn": noise[0, 0]}
+
+    def warm_up(state, replay, key):
+        windows, replay = sample(replay, key)
+        state, metrics = learn(state, windows, key, scale=2.0)
+        return state, replay, metrics
 
     def report(state, replay, key):
         return {"frame": replays.sample(replay, key, 1, 1).image[0, 0]}
@@ -69,13 +76,14 @@ def make_agent(config, spec, *, bad_from=None, bad_until=10**9, phases=PHASES, w
         init_carry=init_carry,
         act=act,
         act_evaluate=partial(act, sample=False),
-        update=update,
+        sample=sample,
+        learn=learn,
         report=report,
         loss_names=("image", "weights"),
         health=lambda state: state["health"],
         min_replay_steps=WINDOW,
         tokens_per_update=4 * WINDOW,
-        pretraining=tuple(Pretraining(name, count, partial(update, scale=2.0)) for name, count in phases),
+        pretraining=tuple(Pretraining(name, count, warm_up) for name, count in phases),
     )
 
 

@@ -97,16 +97,26 @@ def test_a_broken_actor_is_named_and_everything_else_goes_on(small, store):
 
 
 def test_seeds_are_a_batch_axis(small, store):
-    """Two seeds in one program give what each gives alone."""
-    keys = jax.random.split(jax.random.key(0))
+    """Several seeds in one program give what each gives alone; in turn they take the memory of one."""
+    keys = jax.random.split(jax.random.key(0), 3)
     states = jax.tree.map(lambda *x: jnp.stack(x), *map(jax.jit(small.agent.init), keys))
-    stores = jax.tree.map(lambda x: jnp.stack([x, x]), store)
-    both, _, metrics = jax.jit(jax.vmap(small.agent.update))(states, stores, keys)
-    for i in range(2):
-        alone, _, own = small.update(jax.tree.map(lambda x, i=i: x[i], states), store, keys[i])
-        for name in own:
-            np.testing.assert_allclose(metrics[name][i], own[name], rtol=2e-3, atol=1e-4, err_msg=name)
-        np.testing.assert_allclose(both.updates[i], alone.updates)
+    stores = [store, filled_replay(seed=1), filled_replay(seed=2)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *stores)
+    scratch = {}
+    for update in (jax.vmap(small.agent.update), small.agent.update_in_turn):
+        program = jax.jit(update).lower(states, stacked, keys).compile()
+        scratch[update] = program.memory_analysis().temp_size_in_bytes
+        together, after, metrics = program(states, stacked, keys)
+        assert leaves_equal(after, stacked)
+        for i in range(3):
+            alone, _, own = small.update(jax.tree.map(lambda x, i=i: x[i], states), stores[i], keys[i])
+            for name in own:
+                np.testing.assert_allclose(metrics[name][i], own[name], rtol=2e-3, atol=1e-4, err_msg=name)
+            np.testing.assert_allclose(together.updates[i], alone.updates)
+            for kernels, kernel in zip(*map(jax.tree.leaves, (together.actor, alone.actor)), strict=True):
+                np.testing.assert_allclose(kernels[i], kernel, atol=1e-5)
+    side_by_side, in_turn = scratch.values()
+    assert in_turn < 0.6 * side_by_side
 
 
 def test_acting_computes_the_states_that_training_computes(small):

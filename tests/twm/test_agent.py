@@ -193,12 +193,18 @@ def test_evaluation_samples_actions_of_the_most_likely_latent(agent, state):
 
 
 @pytest.mark.slow
-def test_seeds_are_a_batch_axis(agent, update, state, filled):
+@pytest.mark.parametrize("way", ["side by side", "in turn"])
+def test_seeds_are_a_batch_axis(agent, update, state, filled, way):
+    """Two seeds in one program give what each gives alone; each counts the visits of its own replay."""
+    together = jax.vmap(agent.update) if way == "side by side" else agent.update_in_turn
     keys = jax.random.split(jax.random.key(5), 2)
-    many = jax.tree.map(lambda x: jnp.stack([x, x]), (state, filled))
-    states, _, metrics = jax.jit(jax.vmap(agent.update))(*many, keys)
+    other = jax.jit(agent.init)(jax.random.key(1)), update(state, filled, keys[0])[1]
+    each = [(state, filled), other]
+    many = jax.tree.map(lambda *x: jnp.stack(x), *each)
+    states, replays, metrics = jax.jit(together)(*many, keys)
     for index in range(2):
-        one, _, single = update(state, filled, keys[index])
+        one, replay, single = update(*each[index], keys[index])
+        np.testing.assert_array_equal(replays.visits[index], replay.visits)
         np.testing.assert_allclose(metrics["losses/decoder"][index], single["losses/decoder"], rtol=1e-5)
         np.testing.assert_allclose(
             states.params["actor"]["layers"][0]["kernel"][index],

@@ -1,4 +1,4 @@
-"""TWISTER as one agent: init, act, update. `update` is the paper's algorithm 1, read from top to bottom."""
+"""TWISTER as one agent: init, act, sample, learn. `learn` reads like the paper's algorithm 1."""
 
 import dataclasses
 from functools import partial
@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from twister_jax import replay as replay_store
-from twister_jax.agent import Agent, Health, Metrics, Observation, compute_dtype, guard
+from twister_jax.agent import Agent, Health, Metrics, Observation, Transition, compute_dtype, guard
 from twister_jax.config import Config, TwisterConfig
 from twister_jax.envs.base import EnvSpec
 from twister_jax.nn.distributions import KeySampler
@@ -129,13 +129,14 @@ def make_agent(config: Config, spec: EnvSpec) -> Agent:
         action = draw("action", policy) if sample_actions else policy.mode()
         return action, TwisterCarry(ring, latent, action)
 
-    def update(
-        state: TwisterState, replay: Replay, key: PRNGKeyArray
-    ) -> tuple[TwisterState, Replay, Metrics]:
-        key_window, key_crop, key_draw, key_dropout, key_dream = jax.random.split(key, 5)
+    def sample(replay: Replay, key: PRNGKeyArray) -> tuple[Transition, Replay]:
+        key_window, *_ = jax.random.split(key, 5)
+        return replay_store.sample(replay, key_window, algorithm.batch_size, algorithm.batch_length), replay
 
-        # 1. Draw windows, and a second view of every frame.
-        windows = replay_store.sample(replay, key_window, algorithm.batch_size, algorithm.batch_length)
+    def learn(state: TwisterState, windows: Transition, key: PRNGKeyArray) -> tuple[TwisterState, Metrics]:
+        _, key_crop, key_draw, key_dropout, key_dream = jax.random.split(key, 5)  # the first is of `sample`
+
+        # 1. A second view of every frame of the windows.
         augmented = augment(key_crop, windows, algorithm)
 
         # 2. Train the world model.
@@ -232,7 +233,7 @@ def make_agent(config: Config, spec: EnvSpec) -> Agent:
             "imagination/return_scale": return_scale.scale,
             "replay/reward": jnp.mean(windows.reward),
         }
-        return state, replay, metrics
+        return state, metrics
 
     def report(state: TwisterState, replay: Replay, key: PRNGKeyArray) -> dict[str, Array]:
         key_window, key_draw = jax.random.split(key)
@@ -245,7 +246,8 @@ def make_agent(config: Config, spec: EnvSpec) -> Agent:
         init_carry=init_carry,
         act=act,
         act_evaluate=partial(act, sample_actions=config.evaluation.sample_actions),
-        update=update,
+        sample=sample,
+        learn=learn,
         report=report,
         loss_names=(
             *world_model_losses,

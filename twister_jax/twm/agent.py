@@ -1,8 +1,8 @@
-"""TWM as one agent: init, act, update. `update` is the paper's algorithm 1, read from top to bottom."""
+"""TWM as one agent: init, act, sample, learn. `learn` reads like the paper's algorithm 1."""
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ from twister_jax.twm.observation import (
     to_float,
 )
 from twister_jax.twm.report import open_loop_picture
+from twister_jax.twm.windows import Windows
 from twister_jax.twm.world_model import dynamics_pass, starts, world_model_loss
 
 NETWORKS = ("observation", "dynamics", "critic", "actor")
@@ -64,6 +65,36 @@ class TwmCarry:
     """What acting remembers of each environment: the newest frames, oldest first."""
 
     frames: UInt8[Array, "env height width stack"]
+
+
+class TwmBatch(NamedTuple):
+    """What an update reads of the replay."""
+
+    windows: Windows
+    """A step of context, the steps to train on, one after."""
+    fresh: UInt8[Array, "frame height width stack"]
+    """Observations from all over the replay, to go on from where an imagined rollout ends."""
+    visits: Float[Array, ""]
+    """How often a step that the replay holds was drawn, on average."""
+
+
+class UpdateKeys(NamedTuple):
+    """One key for each thing that an update draws: windows and frames in `sample`, the others in `learn`."""
+
+    window: PRNGKeyArray
+    model: PRNGKeyArray
+    dropout: PRNGKeyArray
+    start: PRNGKeyArray
+    frame: PRNGKeyArray
+    latent: PRNGKeyArray
+    dream: PRNGKeyArray
+
+    @classmethod
+    def of(cls, key: PRNGKeyArray) -> "UpdateKeys":
+        """Split from the key of the update."""
+        window, model, dropout, start, fresh, dream = jax.random.split(key, 6)
+        frame, latent = jax.random.split(fresh)
+        return cls(window, model, dropout, start, frame, latent, dream)
 
 
 def make_networks(config: TwmConfig, num_actions: int, dtype: jnp.dtype) -> Networks:
@@ -174,23 +205,28 @@ def make_agent(config: Config, spec: EnvSpec) -> Agent:
         }
         return gradients, {"critic": loss_critic, "actor": loss_actor}, metrics
 
-    def update(state: TwmState, replay: Replay, key: PRNGKeyArray) -> tuple[TwmState, Replay, Metrics]:
-        key_window, key_model, key_dropout, key_start, key_fresh, key_dream = jax.random.split(key, 6)
-
-        # 1. Draw windows, those seen least most often: a step of context, the steps to train on, one after.
+    def sample(replay: Replay, key: PRNGKeyArray) -> tuple[TwmBatch, Replay]:
+        """Windows, those seen least most often, and frames."""
+        keys = UpdateKeys.of(key)
         windows, replay = replay_windows.sample_balanced(
             replay,
-            key_window,
+            keys.window,
             algorithm.batch_size,
             algorithm.batch_length + 2,
             stack,
             algorithm.sampling_temperature,
         )
+        fresh = replay_windows.sample_frames(replay, keys.frame, algorithm.restart_frames, stack)
+        visits = jnp.sum(replay.visits) / (replay.size * replay.visits.shape[0])
+        return TwmBatch(windows, fresh, visits), replay
 
-        # 2. Train the observation model and the dynamics model.
+    def learn(state: TwmState, batch: TwmBatch, key: PRNGKeyArray) -> tuple[TwmState, Metrics]:
+        keys, windows = UpdateKeys.of(key), batch.windows
+
+        # 1. Train the observation model and the dynamics model.
         def loss_of_world_model(observation: Params, dynamics: Params):
             models = merge("observation", observation), merge("dynamics", dynamics)
-            return world_model_loss(*models, windows, algorithm, KeySampler(key_model), key_dropout)
+            return world_model_loss(*models, windows, algorithm, KeySampler(keys.model), keys.dropout)
 
         gradients, seen = jax.grad(loss_of_world_model, argnums=(0, 1), has_aux=True)(
             state.params["observation"], state.params["dynamics"]
@@ -201,24 +237,22 @@ def make_agent(config: Config, spec: EnvSpec) -> Agent:
             state, dict(zip(("observation", "dynamics"), gradients, strict=True)), losses
         )
 
-        # 3. Imagine from some of the batch's steps, with the new dynamics model; rollouts that end go on
+        # 2. Imagine from some of the batch's steps, with the new dynamics model; rollouts that end go on
         #    from random frames.
         candidates = starts(seen.latent, windows)
-        chosen = jax.random.permutation(key_start, candidates.reward.shape[0])[: algorithm.imagination_batch]
-        key_frame, key_latent = jax.random.split(key_fresh)
-        fresh = replay_windows.sample_frames(replay, key_frame, algorithm.restart_frames, stack)
+        chosen = jax.random.permutation(keys.start, candidates.reward.shape[0])[: algorithm.imagination_batch]
         encoder = merge("observation", state.params["observation"]).encoder
         trajectory, _ = imagine(
             merge("dynamics", state.params["dynamics"]),
             merge("actor", state.params["actor"]),
             jax.tree.map(lambda x: x[chosen], candidates),
-            flat(encoder(to_float(fresh)).draw(key_latent)),
-            jax.random.split(key_dream, algorithm.imagination_horizon),
+            flat(encoder(to_float(batch.fresh)).draw(keys.latent)),
+            jax.random.split(keys.dream, algorithm.imagination_horizon),
             KeySampler,
             algorithm,
         )
 
-        # 4. Train critic and actor.
+        # 3. Train critic and actor.
         behavior, behavior_losses, behavior_metrics = behavior_gradients(state, trajectory)
         state, more, bad_behavior = apply(state, behavior, behavior_losses)
 
@@ -230,11 +264,11 @@ def make_agent(config: Config, spec: EnvSpec) -> Agent:
             "imagination/discount": jnp.mean(trajectory.discount),
             "imagination/restarts": jnp.sum(trajectory.done).astype(jnp.float32),
             "replay/reward": jnp.mean(windows.reward),
-            "replay/visits": jnp.sum(replay.visits) / (replay.size * replay.visits.shape[0]),
+            "replay/visits": batch.visits,
         }
         state = dataclasses.replace(state, updates=state.updates + 1)
         state, metrics = record(state, metrics, bad | bad_behavior)
-        return state, replay, metrics
+        return state, metrics
 
     # ---------------------------------------------------------------------------------- pre-training
 
@@ -334,7 +368,8 @@ def make_agent(config: Config, spec: EnvSpec) -> Agent:
         init_carry=init_carry,
         act=act,
         act_evaluate=partial(act, sample_actions=config.evaluation.sample_actions),
-        update=update,
+        sample=sample,
+        learn=learn,
         report=report,
         loss_names=tuple(term for name in NETWORKS for term in (*LOSSES[name], f"{name}_gradient")),
         health=lambda state: state.health,
