@@ -12,7 +12,6 @@ from benchmarks.options import resized
 from benchmarks.subject import make_subject
 from benchmarks.timing import Clock, Program, Times, compile_program
 from twister_jax import config as configs
-from twister_jax.agent import Agent
 from twister_jax.allocator import return_freed_memory
 from twister_jax.config import Config
 from twister_jax.errors import UserError
@@ -116,20 +115,15 @@ def _measure(bench: "Bench", case: _Case, beside: Clock | None) -> Times:
 def _compile(case: _Case) -> tuple[Program, tuple[Any, Any, Any], int]:
     """The update for all seeds at once, its arguments, and its tokens."""
     subject = make_subject(case.config, _REPLAY_STEPS)
+    agent = subject.agent
     keys = jnp.stack([key_for(seed, Purpose.INIT) for seed in range(case.seeds)])
+    update: Callable[..., Any]
     if case.seeds == 1:
-        arguments = (subject.state, subject.replay, keys[0])
+        update, arguments = agent.update, (subject.state, subject.replay, keys[0])
     else:
-        state = jax.jit(jax.vmap(subject.agent.init))(keys)
+        update = agent.update_in_turn if case.in_turn else jax.vmap(agent.update)
+        state = jax.jit(jax.vmap(agent.init))(keys)
         replay = jax.tree.map(lambda x: jnp.stack([x] * case.seeds), subject.replay)
         arguments = (jax.tree.map(jnp.copy, state), replay, keys)
-    update, donated = _update(subject.agent, case)
-    program = compile_program(update, *arguments, donate=donated)
-    return program, arguments, case.seeds * subject.agent.tokens_per_update
-
-
-def _update(agent: Agent, case: _Case) -> tuple[Callable[..., Any], tuple[int, ...]]:
-    """The function, and the arguments to donate."""
-    if case.seeds == 1:
-        return agent.update, (0, 1)
-    return (agent.update_in_turn, (1,)) if case.in_turn else (jax.vmap(agent.update), (0, 1))
+    program = compile_program(update, *arguments, donate=(1,) if case.in_turn else (0, 1))
+    return program, arguments, case.seeds * agent.tokens_per_update

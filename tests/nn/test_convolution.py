@@ -175,21 +175,11 @@ def test_half_precision_keeps_its_type(function, form):
 @pytest.mark.parametrize("channels", [3, 24])
 def test_half_precision_rounds_no_more_than_its_inputs(function, channels):
     """Sums are taken in float32: of the same rounded numbers, only the result is rounded."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    x, kernel = (
-        jax.random.normal(keys[0], (4, 16, 16, channels)),
-        jax.random.normal(keys[1], (4, 4, channels, 8)),
-    )
-    x, kernel = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
-    out = jax.eval_shape(lambda x, k: function(x, k, stride=2, padding=1), x, kernel)
-    dy = jax.random.normal(keys[2], out.shape).astype(jnp.bfloat16)
-
-    def run(dtype, form):
-        arguments = (x.astype(dtype), kernel.astype(dtype))
-        y, back = jax.vjp(lambda *p: function(*p, stride=2, padding=1, form=form), *arguments)
-        return y, *back(dy.astype(dtype))
-
-    for rounded, exact in zip(run(jnp.bfloat16, "dense"), run(jnp.float32, "plain"), strict=True):
+    arrays = draw(function, (4, 16, 16, channels), (4, 4, channels, 8), 2, 1)
+    half = [array.astype(jnp.bfloat16) for array in arrays]
+    dense = run(function, *half, 2, 1, "dense")
+    plain = run(function, *(array.astype(jnp.float32) for array in half), 2, 1, "plain")
+    for rounded, exact in zip(dense, plain, strict=True):
         close(rounded.astype(jnp.float32), exact, tolerance=1e-3)
 
 
