@@ -8,7 +8,7 @@
         visits.npy        the replay's visit counts
       replay/             segments of stored steps, never changed, shared by all checkpoints
         000000000-000005000-1f0c9a7e.npy
-      tmp-*               unfinished or half deleted; removed at the next start
+      tmp-*               unfinished, failed or half deleted; removed at the next save or start
       unusable-*          damaged checkpoints that a restart stepped over
 
 A save writes the segments that are not on disk yet, then everything else into a temporary directory, and
@@ -127,6 +127,8 @@ class _Draft:
     host: dict[str, Any]
     rows: np.ndarray | None = None
     """What the newest segment is to hold, while it is not written."""
+    token: str = dataclasses.field(default_factory=lambda: secrets.token_hex(4))
+    """Keeps apart what different attempts at the same step write."""
 
 
 class Checkpointer:
@@ -339,12 +341,22 @@ class Checkpointer:
         self._delete_superseded(final)
 
     def _abandon(self, draft: _Draft) -> None:
-        """Gives back the space, which may be what was lacking; what stays, the next save removes."""
-        shutil.rmtree(self._temporary(draft), ignore_errors=True)
+        """Gives back the space, which may be what was lacking; what stays, the next save removes.
+
+        Orbax raises while threads of it still write, and they make directories that are missing: an empty
+        file takes the place of the draft's, so that nothing can come back.
+        """
+        path = self._temporary(draft)
+        for _ in range(100):
+            if not path.is_dir():
+                break
+            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                path.touch(exist_ok=False)
         self._delete_segments(segment.name for segment in draft.segments[draft.kept :])
 
     def _temporary(self, draft: _Draft) -> Path:
-        return self.directory / f"tmp-{draft.step:09d}"
+        return self.directory / f"tmp-{draft.step:09d}-{draft.token}"
 
     def _segments_on_disk(self, replay: Replay) -> tuple[_Segment, ...]:
         """The known segments that still hold live steps; none where any of them has gone."""
@@ -397,6 +409,8 @@ class Checkpointer:
         if self.directory.is_dir():
             for path in self.directory.glob("tmp-*"):
                 shutil.rmtree(path, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)  # what a save that failed left: see _abandon
 
     def _delete_superseded(self, newest: Path) -> None:
         """Deletes what is not among the newest `keep`; failing at it is no failure to save."""
