@@ -1,13 +1,19 @@
 """Dense and plain convolutions agree, in values and both gradients, and bad arguments are refused."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from twister_jax.nn import convolution
 from twister_jax.nn.convolution import conv2d, conv2d_transpose
+from twister_jax.nn.layers import layer_norm
+from twister_jax.nn.rowwise import norm_silu
 
 CONV_LAYERS = [  # height, width, in, out, kernel, stride, padding
     (64, 64, 3, 32, 4, 2, 1),
@@ -141,6 +147,32 @@ def test_any_convolution(n, h, w, kh, kw, stride, padding):
 def test_any_transposed_convolution(n, h, w, kh, kw, stride, padding):
     assume((h - 1) * stride - 2 * padding + kh >= 1 and (w - 1) * stride - 2 * padding + kw >= 1)
     compare_with_definition(conv2d_transpose, (n, h, w, 2), (kh, kw, 2, 3), stride, padding)
+
+
+@pytest.mark.parametrize("function", [conv2d, conv2d_transpose])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_what_follows_a_convolution_is_differentiated_with_it(function, dtype, monkeypatch):
+    """Norm and activation taken chunk by chunk, two images to a chunk, against the plain composition."""
+    x_shape, kernel_shape = (6, 8, 8, 16), (4, 4, 16, 24)
+    x, kernel, dy = (array.astype(dtype) for array in draw(function, x_shape, kernel_shape, 2, 1))
+    monkeypatch.setattr(convolution, "_chunk_size", lambda images, bytes_per_image: 2)
+    scale, bias = 1 + 0.3 * draw(conv2d, (2, 1, 1, 24), (1, 1, 24, 1), 1, 0)[0][:, 0, 0]
+
+    def gradients(form, x, kernel, dy):
+        def f(x, kernel, scale, bias):
+            norm = layer_norm(24, 1e-3, dtype=x.dtype, rngs=nnx.Rngs(0))
+            norm.scale[...], norm.bias[...] = scale, bias
+            return function(x, kernel, stride=2, padding=1, then=norm_silu(norm), form=form)
+
+        y, back = jax.vjp(f, x, kernel, scale, bias)
+        return y, *back(dy)
+
+    dense = jax.jit(partial(gradients, "dense"))(x, kernel, dy)
+    wide = (array.astype(jnp.float32) for array in (x, kernel, dy))
+    plain = jax.jit(partial(gradients, "plain"))(*wide)
+    assert [array.dtype for array in dense] == [dtype] * 3 + [jnp.float32] * 2
+    for ours, exact in zip(dense, plain, strict=True):
+        close(ours.astype(jnp.float32), exact, tolerance=2e-6 if dtype == jnp.float32 else 2e-3)
 
 
 @pytest.mark.parametrize("form", ["plain", "dense"])

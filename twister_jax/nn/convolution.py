@@ -7,12 +7,15 @@ as matrix products, and a transposed convolution is the input gradient of a conv
 convolutions have no such trouble, so there the plain form is used.
 """
 
+import math
 from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from twister_jax.nn.rowwise import IDENTITY, Rowwise
 
 Form = Literal["plain", "dense"]
 
@@ -25,12 +28,13 @@ def conv2d(
     *,
     stride: int,
     padding: int,
+    then: Rowwise = IDENTITY,
     form: Form | None = None,
 ) -> Float[Array, "batch h w out"]:
     """Cross-correlation with `padding` zeros on every side: h = (height + 2 padding - kh) // stride + 1.
 
-    Sums are taken in float32 and returned in the type of `x`. `form` is for tests and measurements: by
-    default it follows the backend.
+    Sums are taken in float32 and returned in the type of `x`. `then` is applied to every pixel of the result.
+    `form` is for tests and measurements: by default it follows the backend.
 
     Raises:
         ValueError: for shapes, strides or paddings that do not make a convolution.
@@ -44,8 +48,8 @@ def conv2d(
             f"kernel {kernel.shape[:2]} is larger than the padded image {x.shape[1:3]} + 2*{padding}"
         )
     if _resolve(form) == "plain":
-        return _plain_conv(x, kernel, stride, padding)
-    return _dense_conv(x, kernel, stride, padding)
+        return then(_plain_conv(x, kernel, stride, padding))
+    return _dense_conv(x, kernel, then.params, stride, padding, then._replace(params=()))
 
 
 def conv2d_transpose(
@@ -54,13 +58,15 @@ def conv2d_transpose(
     *,
     stride: int,
     padding: int,
+    then: Rowwise = IDENTITY,
     form: Form | None = None,
 ) -> Float[Array, "batch h w out"]:
     """PyTorch's `ConvTranspose2d`: h = (height - 1) stride - 2 padding + kh.
 
     Every input pixel adds `x @ kernel[a, b]` at output row `stride * i + a - padding` and the like column.
     PyTorch's weight (in, out, kh, kw) becomes `kernel` by moving axes alone, no flip:
-    `weight.transpose(2, 3, 0, 1)`. Sums are taken in float32 and returned in the type of `x`.
+    `weight.transpose(2, 3, 0, 1)`. Sums are taken in float32 and returned in the type of `x`. `then` is
+    applied to every pixel of the result.
 
     Raises:
         ValueError: for shapes, strides or paddings that do not make a transposed convolution.
@@ -77,8 +83,8 @@ def conv2d_transpose(
             f"padding {padding} leaves nothing of an image {x.shape[1:3]} under kernel {kernel.shape[:2]}"
         )
     if _resolve(form) == "plain":
-        return _plain_transpose(x, kernel, stride, padding)
-    return _dense_transpose(x, kernel, stride, padding)
+        return then(_plain_transpose(x, kernel, stride, padding))
+    return _dense_transpose(x, kernel, then.params, stride, padding, then._replace(params=()))
 
 
 def _check(x, kernel, stride, padding):
@@ -136,6 +142,20 @@ def _chunk_size(images: int, bytes_per_image: int) -> int:
 
 def _chunks(array, size):
     return array.reshape(-1, size, *array.shape[1:])
+
+
+def _map_and_add(function, arrays, size):
+    """(sum, ys) of `function(*chunk) -> (addend, y)` over chunks of `size` images."""
+    chunks = jax.tree.map(lambda array: _chunks(array, size), arrays)
+
+    def step(total, chunk):
+        addend, y = function(*chunk)
+        return jax.tree.map(jnp.add, total, addend), y
+
+    addend, _ = jax.eval_shape(function, *jax.tree.map(lambda array: array[0], chunks))
+    zeros = jax.tree.map(jnp.zeros_like, addend)
+    total, ys = jax.lax.scan(step, zeros, chunks)
+    return total, ys.reshape(-1, *ys.shape[2:])
 
 
 def _patches(x, kernel_size, stride, padding):
@@ -204,21 +224,6 @@ def _product_over_rows(
     return jnp.matmul(transposed, _chunks(wide, size)).sum(0)
 
 
-def _kernel_gradient(x, y, kernel_size, stride, padding):
-    """Gradient of the kernel: patches(x)^T @ y, summed over images and pixels."""
-    c, d = x.shape[-1], y.shape[-1]
-    depth = kernel_size[0] * kernel_size[1] * c
-
-    def chunk(total, xy):
-        x, y = xy
-        patches = _patches(x, kernel_size, stride, padding).reshape(-1, depth)
-        return total + _product_over_rows(y.reshape(-1, d), patches), None
-
-    size = _chunk_size(x.shape[0], 4 * y.shape[1] * y.shape[2] * depth)
-    total, _ = jax.lax.scan(chunk, jnp.zeros((d, depth), jnp.float32), (_chunks(x, size), _chunks(y, size)))
-    return total.T.reshape(*kernel_size, c, d)
-
-
 def _input_gradient(y, kernel, size, stride, padding):
     """Large image of `size` from a small one: every pixel adds y @ kernel[a, b]^T where it came from."""
     n, h, w, d = y.shape
@@ -260,53 +265,74 @@ def _input_gradient(y, kernel, size, stride, padding):
     return jax.lax.map(chunk, _chunks(y, count)).reshape(n, *size, c)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _dense_conv(x, kernel, stride, padding):
-    return _values(x, kernel, stride, padding)
+# `then` comes without its parameters, which are differentiated. Its gradient is taken chunk by chunk: both
+# products use it while it is in cache, and it is never written out.
 
 
-def _dense_conv_forward(x, kernel, stride, padding):
-    return _values(x, kernel, stride, padding), (x, kernel)
+def _through(then, z, params, kept, dy):
+    """Gradients of z and of `params`, made once: XLA would make dz anew in everything that reads it."""
+    return jax.lax.optimization_barrier(then.backward(z, params, kept, dy))
 
 
-def _dense_conv_backward(stride, padding, saved, dy):
-    x, kernel = saved
-    dx = _input_gradient(dy, kernel, x.shape[1:3], stride, padding)
-    return dx, _kernel_gradient(x, dy, kernel.shape[:2], stride, padding).astype(kernel.dtype)
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _dense_conv(x, kernel, params, stride, padding, then):
+    return _dense_conv_forward(x, kernel, params, stride, padding, then)[0]
+
+
+def _dense_conv_forward(x, kernel, params, stride, padding, then):
+    z = _values(x, kernel, stride, padding)
+    y, kept = then.forward(z, params)
+    return y, (x, kernel, params, z, kept)
+
+
+def _dense_conv_backward(stride, padding, then, saved, dy):
+    x, kernel, params, z, kept = saved
+    kh, kw, c, d = kernel.shape
+
+    def gradients(x, z, kept, dy):
+        dz, dparams = _through(then, z, params, kept, dy)
+        patches = _patches(x, (kh, kw), stride, padding).reshape(-1, kh * kw * c)
+        dx = _input_gradient(dz, kernel, x.shape[1:3], stride, padding)
+        return (_product_over_rows(dz.reshape(-1, d), patches), dparams), dx
+
+    size = _chunk_size(x.shape[0], 4 * math.prod(z.shape[1:3]) * math.prod((kh, kw, c)))
+    (total, dparams), dx = _map_and_add(gradients, (x, z, kept, dy), size)
+    return dx, total.T.reshape(kernel.shape).astype(kernel.dtype), dparams
 
 
 _dense_conv.defvjp(_dense_conv_forward, _dense_conv_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _dense_transpose(x, kernel, stride, padding):
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _dense_transpose(x, kernel, params, stride, padding, then):
+    return _dense_transpose_forward(x, kernel, params, stride, padding, then)[0]
+
+
+def _dense_transpose_forward(x, kernel, params, stride, padding, then):
     size = [
         _transpose_size(n, k, stride, padding) for n, k in zip(x.shape[1:3], kernel.shape[:2], strict=True)
     ]
-    return _input_gradient(x, kernel.swapaxes(2, 3), size, stride, padding)
+    z = _input_gradient(x, kernel.swapaxes(2, 3), size, stride, padding)
+    y, kept = then.forward(z, params)
+    return y, (x, kernel, params, z, kept)
 
 
-def _dense_transpose_forward(x, kernel, stride, padding):
-    return _dense_transpose(x, kernel, stride, padding), (x, kernel)
-
-
-def _dense_transpose_backward(stride, padding, saved, dy):
-    """Both gradients are made of the same patches of dy, `_values` and `_kernel_gradient` of it in one."""
-    x, kernel = saved
+def _dense_transpose_backward(stride, padding, then, saved, dy):
+    """Both gradients are made of the same patches."""
+    x, kernel, params, z, kept = saved
     kh, kw, d, c = kernel.shape
     matrix = kernel.swapaxes(2, 3).reshape(-1, d)
 
-    def chunk(total, xy):
-        x, dy = xy
-        patches = _patches(dy, (kh, kw), stride, padding)
+    def gradients(x, z, kept, dy):
+        dz, dparams = _through(then, z, params, kept, dy)
+        patches = _patches(dz, (kh, kw), stride, padding)
         dx = jnp.matmul(patches, matrix, preferred_element_type=jnp.float32).astype(dy.dtype)
-        return total + _product_over_rows(x.reshape(-1, d), patches.reshape(-1, matrix.shape[0])), dx
+        return (_product_over_rows(x.reshape(-1, d), patches.reshape(-1, matrix.shape[0])), dparams), dx
 
-    size = _chunk_size(x.shape[0], 4 * x.shape[1] * x.shape[2] * matrix.shape[0])
-    zero = jnp.zeros((d, matrix.shape[0]), jnp.float32)
-    total, dx = jax.lax.scan(chunk, zero, (_chunks(x, size), _chunks(dy, size)))
+    size = _chunk_size(x.shape[0], 4 * math.prod(x.shape[1:3]) * matrix.shape[0])
+    (total, dparams), dx = _map_and_add(gradients, (x, z, kept, dy), size)
     dkernel = jnp.moveaxis(total.reshape(d, kh, kw, c), 0, 2)
-    return dx.reshape(x.shape), dkernel.astype(kernel.dtype)
+    return dx, dkernel.astype(kernel.dtype), dparams
 
 
 _dense_transpose.defvjp(_dense_transpose_forward, _dense_transpose_backward)

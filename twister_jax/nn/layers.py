@@ -1,14 +1,14 @@
 """The small parts that networks are made of: initialisers, norms and multi-layer perceptrons."""
 
 from collections.abc import Callable
-from functools import partial
 
-import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+from twister_jax.nn.rowwise import norm_silu
 
 Initializer = Callable[..., Array]
 
@@ -60,65 +60,6 @@ def layer_norm(features: int, epsilon: float, *, dtype: DTypeLike, rngs: nnx.Rng
     return nnx.LayerNorm(features, epsilon=epsilon, dtype=dtype, rngs=rngs)
 
 
-def norm_silu(norm: nnx.LayerNorm, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
-    """silu(norm(x)), inside in float32, without keeping anything of x's size but x for the gradient.
-
-    Left to itself, XLA's CPU backend writes out what enters and leaves every sum over features; where these
-    are few, one sum of two things keeps both ways single passes over memory.
-    """
-    assert norm.scale is not None
-    assert norm.bias is not None
-    scale, bias = norm.scale[...], norm.bias[...]
-    chex.assert_shape([scale, bias], x.shape[-1:])
-    return _norm_silu(x, scale, bias, norm.epsilon).astype(norm.dtype or x.dtype)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _norm_silu(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
-    return _norm_silu_forward(x, scale, bias, epsilon)[0]
-
-
-def _norm_silu_forward(x, scale, bias, epsilon):
-    wide = x.astype(jnp.float32)
-    mean, mean_square = _feature_means(wide, wide * wide)
-    root = jax.lax.rsqrt(jnp.maximum(0.0, mean_square - mean * mean) + epsilon)
-    y = jax.nn.silu((wide - mean) * (root * scale) + bias)
-    return y.astype(x.dtype), (x, scale, bias, mean, root)
-
-
-def _norm_silu_backward(epsilon, saved, dy):
-    x, scale, bias, mean, root = saved
-    unit = (x.astype(jnp.float32) - mean) * root
-    normed = unit * scale + bias
-    gate = jax.nn.sigmoid(normed)
-    dnormed = dy.astype(jnp.float32) * gate * (1.0 + normed * (1.0 - gate))
-    dunit = dnormed * scale
-    along_one, along_unit = _feature_means(dunit, dunit * unit)
-    dx = root * (dunit - along_one - unit * along_unit)
-    rows = tuple(range(x.ndim - 1))
-    return dx.astype(x.dtype), jnp.sum(dnormed * unit, rows), jnp.sum(dnormed, rows)
-
-
-_norm_silu.defvjp(_norm_silu_forward, _norm_silu_backward)
-
-
-_LONG_AXIS = 256
-
-
-def _feature_means(a: Array, b: Array) -> tuple[Array, Array]:
-    """Means over the last axis, which stays with size 1, of two arrays.
-
-    Over a short axis in one reduction; over a long one in two, which XLA's CPU backend vectorises.
-    """
-    if a.shape[-1] >= _LONG_AXIS:
-        return jnp.mean(a, -1, keepdims=True), jnp.mean(b, -1, keepdims=True)
-    zero = jnp.zeros((), a.dtype)
-    sums = jax.lax.reduce(
-        (a, b), (zero, zero), lambda x, y: (x[0] + y[0], x[1] + y[1]), dimensions=(a.ndim - 1,)
-    )
-    return sums[0][..., None] / a.shape[-1], sums[1][..., None] / a.shape[-1]
-
-
 class NormedLinear(nnx.Module):
     """Linear without bias, then LayerNorm (eps 1e-3), then SiLU unless `activate` is False."""
 
@@ -139,7 +80,7 @@ class NormedLinear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
         x = self.linear(x)
-        return norm_silu(self.norm, x) if self.activate else self.norm(x)
+        return norm_silu(self.norm)(x) if self.activate else self.norm(x)
 
 
 class Head(nnx.Module):

@@ -19,7 +19,8 @@ from twister_jax.config import TwisterConfig, TwisterModelConfig
 from twister_jax.envs.base import EnvSpec
 from twister_jax.nn.convolution import conv2d, conv2d_transpose
 from twister_jax.nn.distributions import Bernoulli, OneHot, Sampler, SymlogTwoHot
-from twister_jax.nn.layers import Head, Linear, NormedLinear, layer_norm, logits_init, norm_silu, trunk_init
+from twister_jax.nn.layers import Head, Linear, NormedLinear, layer_norm, logits_init, trunk_init
+from twister_jax.nn.rowwise import IDENTITY, norm_silu
 from twister_jax.nn.transformer import KeysValues, Ring, Transformer
 from twister_jax.twister.augment import random_resized_crop
 from twister_jax.twister.contrastive import ContrastiveHeads, info_nce, step_weights
@@ -59,7 +60,7 @@ class Encoder(nnx.Module):
         """Logits for images in [−0.5, 0.5]."""
         x = images.reshape(-1, *images.shape[-3:]).astype(self.dtype)
         for kernel, norm in zip(self.kernels, self.norms, strict=True):
-            x = norm_silu(norm, conv2d(x, kernel[...].astype(self.dtype), stride=2, padding=1))
+            x = conv2d(x, kernel[...].astype(self.dtype), stride=2, padding=1, then=norm_silu(norm))
         logits = self.logits(x.reshape(x.shape[0], -1)).astype(jnp.float32)
         return logits.reshape(*images.shape[:-3], *self.latent)
 
@@ -91,10 +92,8 @@ class Decoder(nnx.Module):
     def __call__(self, latent: Float[Array, "*batch latent"]) -> Float[Array, "*batch height width channel"]:
         """Images in [−0.5, 0.5], float32."""
         x = self.project(latent.reshape(-1, latent.shape[-1])).reshape(-1, *self.start)
-        for index, kernel in enumerate(self.kernels):
-            x = conv2d_transpose(x, kernel[...].astype(self.dtype), stride=2, padding=1)
-            if index < len(self.norms):
-                x = norm_silu(self.norms[index], x)
+        for kernel, then in zip(self.kernels, [*map(norm_silu, self.norms), IDENTITY], strict=True):
+            x = conv2d_transpose(x, kernel[...].astype(self.dtype), stride=2, padding=1, then=then)
         x = x.astype(jnp.float32) + self.bias[...]
         return x.reshape(*latent.shape[:-1], *x.shape[1:])
 
