@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import itertools
+import math
 import sys
 import tempfile
 import time
@@ -25,8 +27,10 @@ if TYPE_CHECKING:
     from benchmarks.bench import Bench
 
 SECTION = "loop"
-_WARM_UP = 4
-"""Iterations with updates that are not counted."""
+_ROUNDS = 4
+"""How often the loop and its update alone take turns: both see one machine."""
+_WARM_UP = 2
+"""Iterations with updates that are not counted, in each round."""
 _NEVER = 10**9
 
 
@@ -56,15 +60,46 @@ class _Done(Exception):
 class _MarkedRun(Run):
     """Notes the time at the beginning of every iteration that acts, and ends after `steps` agent steps."""
 
-    marks: list[Mark]
+    rounds: list[list[Mark]]
     steps: int
+    alone: "_Alone"
 
     def iterate(self) -> None:
         self.wait_for("act", "update", "update averages")
-        self.marks.append(Mark(time.perf_counter(), self.counters.env_steps, self.counters.updates))
-        if self.counters.env_steps - self.marks[0].env_steps >= self.steps:
-            raise _Done
+        first, now = self.rounds[0][:1], self.counters.env_steps
+        if first and now - first[0].env_steps >= len(self.rounds) * self.steps / _ROUNDS:
+            self.alone.take(self)
+            if len(self.rounds) == _ROUNDS:
+                raise _Done
+            self.rounds.append([])
+        self.rounds[-1].append(Mark(time.perf_counter(), now, self.counters.updates))
         super().iterate()
+
+
+class _Alone:
+    """The update of a run with nothing beside it. What it learns stays learnt, but does not count."""
+
+    def __init__(self, fill: float, repeats: int):
+        self.fill, self.repeats = fill, repeats
+        self.clock: Clock | None = None
+
+    def take(self, run: Run) -> None:
+        """Times some updates of the run as it stands."""
+        program, keys = run.ready("update"), update_keys(run.config)
+
+        def step(carry: Any) -> Any:
+            state, replay, _, index = carry
+            return *program(state, replay, keys[index % len(keys)]), index + 1
+
+        carry = jax.block_until_ready((run.state.agent, run.replay, None, 0))
+        if self.clock is None:
+            self.clock = Clock(step, carry, self.fill)
+        else:
+            self.clock.carry = carry
+        for _ in range(self.repeats):
+            self.clock.sample()
+        agent, run.replay, *_ = self.clock.carry
+        run.state = dataclasses.replace(run.state, agent=agent)
 
 
 def run(bench: "Bench") -> None:
@@ -76,18 +111,18 @@ def run(bench: "Bench") -> None:
         with RunDirectory(Path(directory)) as run_directory, Signals() as signals:
             run_directory.check_or_write_config(configs.to_dict(config), ())
             run = _MarkedRun(config, make_agent, make_vector_env, _Quiet(), signals)
-            run.marks, run.steps = [], bench.options.loop_steps
+            run.rounds, run.steps = [[]], bench.options.loop_steps
+            run.alone = _Alone(bench.fill, math.ceil(bench.options.repeats / _ROUNDS))
             try:
                 with contextlib.suppress(_Done):
                     run.learn_everything()
-                jax.block_until_ready(run.state)
-                update = _update_times(bench, run)
             except Interrupted:
                 raise KeyboardInterrupt from None
             finally:
                 run.tell.close()
                 run.env.close()
-    tell(bench, run.marks, update, started)
+    assert run.alone.clock is not None
+    tell(bench, run.rounds, run.alone.clock.times, started)
 
 
 def undisturbed(config: Config, directory: str, overrides: dict[str, Any]) -> Config:
@@ -104,40 +139,46 @@ def undisturbed(config: Config, directory: str, overrides: dict[str, Any]) -> Co
     )
 
 
-def _update_times(bench: "Bench", run: Run) -> Times:
-    """The update of this very run, after it, with nothing in between."""
-    program, keys = run.ready("update"), update_keys(run.config)
+def tell(bench: "Bench", rounds: list[list[Mark]], update: Times, started: float) -> None:
+    """Rows from the times at which iterations began, and from the update timed alone.
 
-    def step(carry: Any) -> Any:
-        state, replay, _, index = carry
-        return *program(state, replay, keys[index % len(keys)]), index + 1
-
-    clock = Clock(step, (run.state.agent, run.replay, None, 0), bench.fill)
-    return clock.take(bench.options.repeats, bench.options.budget)
-
-
-def tell(bench: "Bench", marks: list[Mark], update: Times, started: float) -> None:
-    """Rows from the times at which iterations began, and from the update timed alone."""
+    Medians of both: one slow step says little about the loop.
+    """
     report = bench.report
-    counted = [mark for mark in marks if mark.updates > 0][_WARM_UP:]
     report.add(
         SECTION,
         "start to first update",
-        marks[0].seconds - started,
+        rounds[0][0].seconds - started,
         "s",
         "emulator, prefill and compilation, this process being warm",
     )
-    if len(counted) < 2 or counted[-1].env_steps == counted[0].env_steps:
+    settled = [_settled(marks) for marks in rounds]
+    iterations = sum(len(marks[1:]) for marks in settled)
+    updates = sum(marks[-1].updates - marks[0].updates for marks in settled if marks)
+    if not updates:
         report.fail(
             SECTION, f"too few steps with updates; --loop-steps {bench.options.loop_steps} is too small"
         )
         return
-    seconds = counted[-1].seconds - counted[0].seconds
-    steps = counted[-1].env_steps - counted[0].env_steps
-    updates = counted[-1].updates - counted[0].updates
-    rest = seconds - updates * update.median
+    period = max(1, round(iterations / updates))
+    laps = [lap for marks in settled for lap in itertools.pairwise(marks[::period])]
+    steps = sum(b.env_steps - a.env_steps for a, b in laps)
+    updates = sum(b.updates - a.updates for a, b in laps)
+    rests = [b.seconds - a.seconds - (b.updates - a.updates) * update.median for a, b in laps]
+    learning = updates / steps * update.median
+    each = Times(tuple(learning + rest * len(laps) / steps for rest in rests))
+    rest = each.median - learning
     game = f"{bench.config.game}, {steps} steps, {updates} updates"
-    report.add(SECTION, "wall time per environment step", seconds / steps, "s", game)
-    report.time(SECTION, "update alone", update, "the same program and replay, right after the run")
-    report.add(SECTION, "not the update, per environment step", rest / steps, "s", "without checkpoints")
-    report.add(SECTION, "not the update, share of wall time", rest / seconds)
+    report.time(SECTION, "wall time per environment step", each, game)
+    report.time(SECTION, "update alone", update, "the same program and replay, in turn with the loop")
+    report.add(SECTION, "not the update, per environment step", rest, "s", "without checkpoints")
+    report.add(SECTION, "not the update, share of wall time", rest / each.median)
+
+
+def _settled(marks: list[Mark]) -> list[Mark]:
+    """Of a round, the counted iterations with the updates that were over by then.
+
+    What an iteration enqueues runs during the next one, which waits for it at its action.
+    """
+    over = [dataclasses.replace(b, updates=a.updates) for a, b in itertools.pairwise(marks) if a.updates]
+    return over[_WARM_UP:]

@@ -88,16 +88,23 @@ def test_every_section_runs_for_both_agents(agent, tmp_path, own_cache):
     assert not unmeasured
 
 
-def test_the_loop_is_told_apart_from_its_updates():
-    """Half an update to a step: of 0.5 s a step 0.3 s are updates."""
+@pytest.mark.parametrize("ratio", [0.5, 1.0, 1.3])
+def test_the_loop_is_told_apart_from_its_updates(ratio):
+    """An iteration lasts 0.2 s, and 0.6 s for each update that the one before put into the queue."""
     report = Report({}, {}, None)
     bench = SimpleNamespace(report=report, config=make_config(parse(["--preset", "debug"])), options=None)
-    marks = [loop.Mark(0.5 * step, step, step // 2) for step in range(12)]
-    loop.tell(bench, marks, Times((0.6,)), started=-3.0)
+    rounds, seconds, queued, updates = [[], []], 0.0, 0, 0
+    for step in range(60):
+        rounds[step // 30].append(loop.Mark(seconds, step, updates))
+        seconds += 0.2 + 0.6 * queued + (9.0 if step == 40 else 0.0)  # one slow step
+        queued = int(ratio * (step + 1)) - updates
+        updates += queued
+    loop.tell(bench, rounds, Times((0.6, 0.6, 7.0)), started=-3.0)
     values = {row.name: row.value for row in report.rows}
     assert values["start to first update"] == 3.0
-    assert values["wall time per environment step"] == pytest.approx(0.5)
-    assert values["not the update, per environment step"] == pytest.approx(0.2, abs=0.1)
+    assert values["not the update, per environment step"] == pytest.approx(0.2)
+    assert values["wall time per environment step"] == pytest.approx(0.2 + 0.6 * ratio, rel=0.03)
+    assert values["not the update, share of wall time"] == pytest.approx(0.2 / (0.2 + 0.6 * ratio), rel=0.03)
 
 
 @pytest.mark.parametrize(

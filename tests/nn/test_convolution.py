@@ -155,7 +155,7 @@ def test_what_follows_a_convolution_is_differentiated_with_it(function, dtype, m
     """Norm and activation taken chunk by chunk, two images to a chunk, against the plain composition."""
     x_shape, kernel_shape = (6, 8, 8, 16), (4, 4, 16, 24)
     x, kernel, dy = (array.astype(dtype) for array in draw(function, x_shape, kernel_shape, 2, 1))
-    monkeypatch.setattr(convolution, "_chunk_size", lambda images, bytes_per_image: 2)
+    monkeypatch.setattr(convolution, "_chunk_size", lambda images, rows, columns: 2)
     scale, bias = 1 + 0.3 * draw(conv2d, (2, 1, 1, 24), (1, 1, 24, 1), 1, 0)[0][:, 0, 0]
 
     def gradients(form, x, kernel, dy):

@@ -130,13 +130,14 @@ def _plain_transpose(x, kernel, stride, padding):
 # The three products. `x` is the large image (channels c), `y` the small one (channels d), and the kernel is
 # (kh, kw, c, d). The work is done a few images at a time, so that patches are used while they are in cache.
 
-_CHUNK_BYTES = 4 << 20
+_CHUNK_BYTES = 2 << 20
+_CHUNK_ROWS = 512  # that many rows of patches always fit: products of fewer are slow
 _WIDE = 256  # columns of a matrix
 
 
-def _chunk_size(images: int, bytes_per_image: int) -> int:
-    """The largest divisor of `images` whose patches fit in `_CHUNK_BYTES` (all, if one image does not)."""
-    fit = min(images, _CHUNK_BYTES // bytes_per_image)
+def _chunk_size(images: int, rows: int, columns: int) -> int:
+    """The largest divisor of `images` whose patches, rows x columns each, fit (all, if one does not)."""
+    fit = min(images, max(_CHUNK_BYTES // (4 * rows * columns), _CHUNK_ROWS // rows))
     return next((n for n in range(fit, 0, -1) if images % n == 0), images)
 
 
@@ -202,7 +203,7 @@ def _values(x, kernel, stride, padding):
         patches = _patches(x, (kh, kw), stride, padding)
         return jnp.matmul(patches, matrix, preferred_element_type=jnp.float32).astype(x.dtype)
 
-    size = _chunk_size(x.shape[0], 4 * h * w * matrix.shape[0])
+    size = _chunk_size(x.shape[0], h * w, matrix.shape[0])
     return jax.lax.map(chunk, _chunks(x, size)).reshape(x.shape[0], h, w, d)
 
 
@@ -261,7 +262,7 @@ def _input_gradient(y, kernel, size, stride, padding):
         ]
         return jax.lax.pad(x, zero, [(0, 0, 0), *crop, (0, 0, 0)]).astype(y.dtype)
 
-    count = _chunk_size(n, 4 * h * w * matrix.shape[1])
+    count = _chunk_size(n, h * w, matrix.shape[1])
     return jax.lax.map(chunk, _chunks(y, count)).reshape(n, *size, c)
 
 
@@ -295,7 +296,7 @@ def _dense_conv_backward(stride, padding, then, saved, dy):
         dx = _input_gradient(dz, kernel, x.shape[1:3], stride, padding)
         return (_product_over_rows(dz.reshape(-1, d), patches), dparams), dx
 
-    size = _chunk_size(x.shape[0], 4 * math.prod(z.shape[1:3]) * math.prod((kh, kw, c)))
+    size = _chunk_size(x.shape[0], math.prod(z.shape[1:3]), kh * kw * c)
     (total, dparams), dx = _map_and_add(gradients, (x, z, kept, dy), size)
     return dx, total.T.reshape(kernel.shape).astype(kernel.dtype), dparams
 
@@ -329,7 +330,7 @@ def _dense_transpose_backward(stride, padding, then, saved, dy):
         dx = jnp.matmul(patches, matrix, preferred_element_type=jnp.float32).astype(dy.dtype)
         return (_product_over_rows(x.reshape(-1, d), patches.reshape(-1, matrix.shape[0])), dparams), dx
 
-    size = _chunk_size(x.shape[0], 4 * math.prod(x.shape[1:3]) * matrix.shape[0])
+    size = _chunk_size(x.shape[0], math.prod(x.shape[1:3]), matrix.shape[0])
     (total, dparams), dx = _map_and_add(gradients, (x, z, kept, dy), size)
     dkernel = jnp.moveaxis(total.reshape(d, kh, kw, c), 0, 2)
     return dx, dkernel.astype(kernel.dtype), dparams

@@ -55,6 +55,28 @@ _apply.defvjp(_apply_forward, _apply_backward)
 IDENTITY = Rowwise(lambda x, params: (x, ()), lambda x, params, kept, dy: (dy, ()))
 
 
+def bias_silu(bias: Float[Array, " features"]) -> Rowwise:
+    """silu(x + bias), inside in float32."""
+    return Rowwise(_bias_silu_forward, _bias_silu_backward, (bias,))
+
+
+def _bias_silu_forward(x, params):
+    (bias,) = params
+    chex.assert_shape(bias, x.shape[-1:])
+    return jax.nn.silu(x.astype(jnp.float32) + bias).astype(x.dtype), ()
+
+
+def _bias_silu_backward(x, params, kept, dy):
+    (bias,) = params
+    dx = dy.astype(jnp.float32) * _silu_slope(x.astype(jnp.float32) + bias)
+    return dx.astype(x.dtype), (jnp.sum(dx, tuple(range(x.ndim - 1))),)
+
+
+def _silu_slope(x):
+    gate = jax.nn.sigmoid(x)
+    return gate * (1.0 + x * (1.0 - gate))
+
+
 def norm_silu(norm: nnx.LayerNorm) -> Rowwise:
     """silu(norm(x)), inside in float32, without keeping anything of x's size but x for the gradient.
 
@@ -82,8 +104,7 @@ def _norm_silu_backward(x, params, kept, dy):
     mean, root = kept
     unit = (x.astype(jnp.float32) - mean) * root
     normed = unit * scale + bias
-    gate = jax.nn.sigmoid(normed)
-    dnormed = dy.astype(jnp.float32) * gate * (1.0 + normed * (1.0 - gate))
+    dnormed = dy.astype(jnp.float32) * _silu_slope(normed)
     dunit = dnormed * scale
     along_one, along_unit = _feature_means(dunit, dunit * unit)
     dx = root * (dunit - along_one - unit * along_unit)

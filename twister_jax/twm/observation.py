@@ -18,6 +18,7 @@ from twister_jax.config import TwmConfig, TwmModelConfig
 from twister_jax.nn.convolution import conv2d, conv2d_transpose
 from twister_jax.nn.distributions import OneHot
 from twister_jax.nn.layers import add_bias, uniform_fan_in
+from twister_jax.nn.rowwise import IDENTITY, bias_silu
 from twister_jax.twm.networks import Mlp, he_uniform
 
 IMAGE_SIZE = 64
@@ -50,8 +51,7 @@ class Encoder(nnx.Module):
         """Posterior of z, [*batch, group, class], of observations in [0, 1]."""
         x = frames.reshape(-1, *frames.shape[-3:]).astype(self.dtype)
         for kernel, bias in zip(self.kernels, self.biases, strict=True):
-            x = conv2d(x, kernel[...].astype(self.dtype), stride=2, padding=0)
-            x = jax.nn.silu(add_bias(x, bias[...]))
+            x = conv2d(x, kernel[...].astype(self.dtype), stride=2, padding=0, then=bias_silu(bias[...]))
         logits = self.mlp(x.reshape(x.shape[0], -1))
         return OneHot.of(logits.reshape(*frames.shape[:-3], *self.latent))
 
@@ -80,10 +80,11 @@ class Decoder(nnx.Module):
         x = self.project(latent.reshape(-1, latent.shape[-1]))
         # The first transposed convolution reads a single pixel: it is a linear layer.
         kernel = self.kernels[0][...].astype(self.dtype)
-        x = add_bias(jnp.einsum("nc,hwcd->nhwd", x, kernel), self.biases[0][...])
-        for weight, bias in zip(self.kernels[1:], self.biases[1:], strict=True):
-            x = conv2d_transpose(jax.nn.silu(x), weight[...].astype(self.dtype), stride=2, padding=0)
-            x = add_bias(x, bias[...])
+        x = bias_silu(self.biases[0][...])(jnp.einsum("nc,hwcd->nhwd", x, kernel))
+        thens = [bias_silu(bias[...]) for bias in self.biases[1:-1]] + [IDENTITY]
+        for weight, then in zip(self.kernels[1:], thens, strict=True):
+            x = conv2d_transpose(x, weight[...].astype(self.dtype), stride=2, padding=0, then=then)
+        x = add_bias(x, self.biases[-1][...])
         return x.astype(jnp.float32).reshape(*latent.shape[:-1], *x.shape[1:])
 
 
