@@ -27,10 +27,8 @@ if TYPE_CHECKING:
     from benchmarks.bench import Bench
 
 SECTION = "loop"
-_ROUNDS = 4
-"""How often the loop and its update alone take turns: both see one machine."""
-_WARM_UP = 2
-"""Iterations with updates that are not counted, in each round."""
+_ROUNDS = 8
+"""How often the loop and its update alone take turns, so that both see one machine; the first warms up."""
 _NEVER = 10**9
 
 
@@ -152,16 +150,16 @@ def tell(bench: "Bench", rounds: list[list[Mark]], update: Times, started: float
         "s",
         "emulator, prefill and compilation, this process being warm",
     )
-    settled = [_settled(marks) for marks in rounds]
+    settled = [_settled(marks) for marks in rounds[1:]]
     iterations = sum(len(marks[1:]) for marks in settled)
     updates = sum(marks[-1].updates - marks[0].updates for marks in settled if marks)
-    if not updates:
+    period = max(1, round(iterations / max(1, updates)))
+    laps = [lap for marks in settled for lap in itertools.pairwise(marks[::period])]
+    if not updates or not laps:
         report.fail(
             SECTION, f"too few steps with updates; --loop-steps {bench.options.loop_steps} is too small"
         )
         return
-    period = max(1, round(iterations / updates))
-    laps = [lap for marks in settled for lap in itertools.pairwise(marks[::period])]
     steps = sum(b.env_steps - a.env_steps for a, b in laps)
     updates = sum(b.updates - a.updates for a, b in laps)
     rests = [b.seconds - a.seconds - (b.updates - a.updates) * update.median for a, b in laps]
@@ -176,9 +174,8 @@ def tell(bench: "Bench", rounds: list[list[Mark]], update: Times, started: float
 
 
 def _settled(marks: list[Mark]) -> list[Mark]:
-    """Of a round, the counted iterations with the updates that were over by then.
+    """Iterations of a round with the updates that were over when they began.
 
     What an iteration enqueues runs during the next one, which waits for it at its action.
     """
-    over = [dataclasses.replace(b, updates=a.updates) for a, b in itertools.pairwise(marks) if a.updates]
-    return over[_WARM_UP:]
+    return [dataclasses.replace(b, updates=a.updates) for a, b in itertools.pairwise(marks) if a.updates]

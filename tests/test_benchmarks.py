@@ -79,7 +79,7 @@ def test_debug_preset_runs_and_writes_what_is_promised(tmp_path, own_cache, caps
 @pytest.mark.parametrize("agent", ["twister", "twm"])
 def test_every_section_runs_for_both_agents(agent, tmp_path, own_cache):
     path = tmp_path / "out.json"
-    arguments = ["--agent", agent, "--preset", "debug", "--quick", "--all", "--loop-steps", "24"]
+    arguments = ["--agent", agent, "--preset", "debug", "--quick", "--all", "--loop-steps", "48"]
     assert main([*arguments, "--json", str(path), "--profile", str(tmp_path / "trace")]) == 0
     found = json.loads(path.read_text())
     assert {row["section"] for row in found["rows"]} == {*SECTIONS, "profile"}
@@ -93,8 +93,8 @@ def test_the_loop_is_told_apart_from_its_updates(ratio):
     """An iteration lasts 0.2 s, and 0.6 s for each update that the one before put into the queue."""
     report = Report({}, {}, None)
     bench = SimpleNamespace(report=report, config=make_config(parse(["--preset", "debug"])), options=None)
-    rounds, seconds, queued, updates = [[], []], 0.0, 0, 0
-    for step in range(60):
+    rounds, seconds, queued, updates = [[], [], []], 0.0, 0, 0
+    for step in range(90):
         rounds[step // 30].append(loop.Mark(seconds, step, updates))
         seconds += 0.2 + 0.6 * queued + (9.0 if step == 40 else 0.0)  # one slow step
         queued = int(ratio * (step + 1)) - updates
