@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 SECTION = "loop"
 _ROUNDS = 8
-"""How often the loop and its update alone take turns, so that both see one machine; the first warms up."""
+"""Turns of the loop and of its update alone: both see one machine. The first of the loop does not count."""
 _NEVER = 10**9
 
 
@@ -64,14 +64,18 @@ class _MarkedRun(Run):
 
     def iterate(self) -> None:
         self.wait_for("act", "update", "update averages")
-        first, now = self.rounds[0][:1], self.counters.env_steps
-        if first and now - first[0].env_steps >= len(self.rounds) * self.steps / _ROUNDS:
+        self.rounds[-1].append(self.mark())
+        done = self.counters.env_steps - self.rounds[0][0].env_steps
+        if done >= len(self.rounds) * self.steps / _ROUNDS:
             self.alone.take(self)
             if len(self.rounds) == _ROUNDS:
                 raise _Done
-            self.rounds.append([])
-        self.rounds[-1].append(Mark(time.perf_counter(), now, self.counters.updates))
+            self.rounds.append([self.mark()])
         super().iterate()
+
+    def mark(self) -> Mark:
+        """Here and now."""
+        return Mark(time.perf_counter(), self.counters.env_steps, self.counters.updates)
 
 
 class _Alone:
@@ -101,7 +105,10 @@ class _Alone:
 
 
 def run(bench: "Bench") -> None:
-    """A short run in a temporary directory, with everything but checkpoints, pictures and evaluation."""
+    """A short run in a temporary directory, with everything but checkpoints, pictures, rows and evaluation.
+
+    Its update alone is sampled in every turn, whatever `--budget` says.
+    """
     bench.forget()  # its memory is wanted, and the run has a state and a replay of its own
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="benchmarks-run-") as directory:
@@ -119,7 +126,9 @@ def run(bench: "Bench") -> None:
             finally:
                 run.tell.close()
                 run.env.close()
-    assert run.alone.clock is not None
+    if run.alone.clock is None:
+        bench.report.fail(SECTION, f"the run is over too soon; --loop-steps {run.steps} is too large")
+        return
     tell(bench, run.rounds, run.alone.clock.times, started)
 
 
@@ -130,6 +139,7 @@ def undisturbed(config: Config, directory: str, overrides: dict[str, Any]) -> Co
         {
             "logdir": directory,
             "train.report_every": 0,
+            "train.log_every": _NEVER,
             "train.checkpoint_every": _NEVER,
             "train.checkpoint_minutes": float(_NEVER),
             **overrides,
@@ -155,12 +165,12 @@ def tell(bench: "Bench", rounds: list[list[Mark]], update: Times, started: float
     updates = sum(marks[-1].updates - marks[0].updates for marks in settled if marks)
     period = max(1, round(iterations / max(1, updates)))
     laps = [lap for marks in settled for lap in itertools.pairwise(marks[::period])]
-    if not updates or not laps:
+    steps = sum(b.env_steps - a.env_steps for a, b in laps)
+    if not updates or not steps:
         report.fail(
             SECTION, f"too few steps with updates; --loop-steps {bench.options.loop_steps} is too small"
         )
         return
-    steps = sum(b.env_steps - a.env_steps for a, b in laps)
     updates = sum(b.updates - a.updates for a, b in laps)
     rests = [b.seconds - a.seconds - (b.updates - a.updates) * update.median for a, b in laps]
     learning = updates / steps * update.median

@@ -79,7 +79,7 @@ def test_debug_preset_runs_and_writes_what_is_promised(tmp_path, own_cache, caps
 @pytest.mark.parametrize("agent", ["twister", "twm"])
 def test_every_section_runs_for_both_agents(agent, tmp_path, own_cache):
     path = tmp_path / "out.json"
-    arguments = ["--agent", agent, "--preset", "debug", "--quick", "--all", "--loop-steps", "48"]
+    arguments = ["--agent", agent, "--preset", "debug", "--quick", "--all", "--loop-steps", "24"]
     assert main([*arguments, "--json", str(path), "--profile", str(tmp_path / "trace")]) == 0
     found = json.loads(path.read_text())
     assert {row["section"] for row in found["rows"]} == {*SECTIONS, "profile"}

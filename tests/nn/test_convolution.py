@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from twister_jax.nn import convolution
 from twister_jax.nn.convolution import conv2d, conv2d_transpose
 from twister_jax.nn.layers import layer_norm
-from twister_jax.nn.rowwise import norm_silu
+from twister_jax.nn.rowwise import bias_silu, norm_silu
 
 CONV_LAYERS = [  # height, width, in, out, kernel, stride, padding
     (64, 64, 3, 32, 4, 2, 1),
@@ -151,8 +151,9 @@ def test_any_transposed_convolution(n, h, w, kh, kw, stride, padding):
 
 @pytest.mark.parametrize("function", [conv2d, conv2d_transpose])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_what_follows_a_convolution_is_differentiated_with_it(function, dtype, monkeypatch):
-    """Norm and activation taken chunk by chunk, two images to a chunk, against the plain composition."""
+@pytest.mark.parametrize("follows", ["norm_silu", "bias_silu"])
+def test_what_follows_a_convolution_is_differentiated_with_it(function, follows, dtype, monkeypatch):
+    """Norm or bias, and activation, chunk by chunk, two images to a chunk, against the plain composition."""
     x_shape, kernel_shape = (6, 8, 8, 16), (4, 4, 16, 24)
     x, kernel, dy = (array.astype(dtype) for array in draw(function, x_shape, kernel_shape, 2, 1))
     monkeypatch.setattr(convolution, "_chunk_size", lambda images, rows, columns: 2)
@@ -162,7 +163,8 @@ def test_what_follows_a_convolution_is_differentiated_with_it(function, dtype, m
         def f(x, kernel, scale, bias):
             norm = layer_norm(24, 1e-3, dtype=x.dtype, rngs=nnx.Rngs(0))
             norm.scale[...], norm.bias[...] = scale, bias
-            return function(x, kernel, stride=2, padding=1, then=norm_silu(norm), form=form)
+            then = norm_silu(norm) if follows == "norm_silu" else bias_silu(bias)
+            return function(x, kernel, stride=2, padding=1, then=then, form=form)
 
         y, back = jax.vjp(f, x, kernel, scale, bias)
         return y, *back(dy)

@@ -591,6 +591,40 @@ def test_a_full_file_system_harms_nothing(tmp_path):
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
+@pytest.mark.parametrize("full", [0, 3])
+def test_what_a_failed_save_left_cannot_come_back(tmp_path, monkeypatch, full):
+    """Orbax raises while threads of it still write; also where the empty file fits only at the fourth try."""
+    run = Run(tmp_path / "c")
+    paths = []
+
+    def broken(path, draft):
+        (path / "state" / "d").mkdir(parents=True)
+        paths.append(path)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def touch(path, exist_ok):
+        failures.append(path)
+        if len(failures) <= full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        path.write_bytes(b"")
+
+    failures = []
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write_checkpoint", broken)
+        patch.setattr(Path, "touch", touch)
+        for _ in range(2):
+            failures.clear()
+            with pytest.raises(OSError, match="No space left"):
+                run.save()
+            with pytest.raises(NotADirectoryError):
+                (paths[-1] / "state" / "d").mkdir(parents=True)
+            assert len(failures) == full + 1
+    assert len(set(paths)) == 2
+    assert run.restore() is None
+    run.save()
+    assert not list(run.directory.glob("tmp-*"))
+
+
 # In the background
 
 

@@ -127,7 +127,8 @@ def _plain_transpose(x, kernel, stride, padding):
     )
 
 
-# The three products. `x` is the large image (channels c), `y` the small one (channels d), and the kernel is
+# The three products: `_values`, `_input_gradient` and, over the rows of patches, `_product_over_rows`. `x` is
+# the large image (channels c), `y` the small one (channels d), and the kernel is
 # (kh, kw, c, d). The work is done a few images at a time, so that patches are used while they are in cache.
 
 _CHUNK_BYTES = 2 << 20
@@ -136,9 +137,9 @@ _WIDE = 256  # columns of a matrix
 
 
 def _chunk_size(images: int, rows: int, columns: int) -> int:
-    """The largest divisor of `images` whose patches, rows x columns each, fit (all, if one does not)."""
-    fit = min(images, max(_CHUNK_BYTES // (4 * rows * columns), _CHUNK_ROWS // rows))
-    return next((n for n in range(fit, 0, -1) if images % n == 0), images)
+    """The largest divisor of `images` whose patches, rows x columns each, fit; at least one image."""
+    fit = min(images, max(_CHUNK_BYTES // (4 * rows * columns), _CHUNK_ROWS // rows, 1))
+    return next(n for n in range(fit, 0, -1) if images % n == 0)
 
 
 def _chunks(array, size):
@@ -267,7 +268,7 @@ def _input_gradient(y, kernel, size, stride, padding):
 
 
 # `then` comes without its parameters, which are differentiated. Its gradient is taken chunk by chunk: both
-# products use it while it is in cache, and it is never written out.
+# products use it while it is in cache, and it is never written out whole.
 
 
 def _through(then, z, params, kept, dy):

@@ -128,7 +128,7 @@ class _Draft:
     rows: np.ndarray | None = None
     """What the newest segment is to hold, while it is not written."""
     token: str = dataclasses.field(default_factory=lambda: secrets.token_hex(4))
-    """Keeps apart what different attempts at the same step write."""
+    """Keeps apart what different attempts and different pasts of the run write."""
 
 
 class Checkpointer:
@@ -314,8 +314,7 @@ class Checkpointer:
                 # The one before goes to disk now: only one segment is ever in memory.
                 self._write_segment(draft)
                 end = min(begin + length, inserted)
-                # The token keeps apart what different attempts and different pasts of the run wrote.
-                name = f"{begin:09d}-{end:09d}-{secrets.token_hex(4)}.npy"
+                name = f"{begin:09d}-{end:09d}-{draft.token}.npy"
                 segments.append(_Segment(name, begin, end, _File(0, 0)))
                 draft.rows = _fetch(replay, begin, end)
         except Exception:
@@ -347,12 +346,11 @@ class Checkpointer:
         file takes the place of the draft's, so that nothing can come back.
         """
         path = self._temporary(draft)
-        for _ in range(100):
-            if not path.is_dir():
-                break
+        for _ in range(100 if path.is_dir() else 0):
             shutil.rmtree(path, ignore_errors=True)
             with contextlib.suppress(OSError):
                 path.touch(exist_ok=False)
+                break
         self._delete_segments(segment.name for segment in draft.segments[draft.kept :])
 
     def _temporary(self, draft: _Draft) -> Path:

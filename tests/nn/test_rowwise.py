@@ -1,4 +1,4 @@
-"""The norm and activation in one, against the plain composition."""
+"""Norm or bias and activation in one, and the linear layer, against the plain compositions."""
 
 import chex
 import jax
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twister_jax.nn.layers import Linear, layer_norm
-from twister_jax.nn.rowwise import norm_silu
+from twister_jax.nn.rowwise import IDENTITY, bias_silu, norm_silu
 
 
 def make(features, epsilon=1e-3, dtype=jnp.float32, seed=0):
@@ -54,6 +54,22 @@ def test_equals_silu_of_norm_with_all_gradients(shape, features, offset, seed):
     weight = jnp.asarray(rng.normal(size=(*shape, features)), jnp.float32)
     got = value_and_gradients(in_one, norm, x, weight)
     chex.assert_trees_all_close(got, value_and_gradients(plain, norm, x, weight), rtol=2e-4, atol=2e-4)
+
+
+def test_bias_and_silu_in_one_with_both_gradients():
+    rng = np.random.default_rng(0)
+    x, weight = (jnp.asarray(rng.normal(size=(4, 3, 6)), jnp.float32) for _ in range(2))
+    bias = jnp.asarray(rng.normal(size=6), jnp.float32)
+
+    def run(function):
+        def loss(x, bias):
+            return jnp.sum(weight * function(x, bias))
+
+        return jax.value_and_grad(loss, argnums=(0, 1))(x, bias)
+
+    plain = run(lambda x, bias: jax.nn.silu(x + bias))
+    chex.assert_trees_all_close(run(lambda x, bias: bias_silu(bias)(x)), plain, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_equal(run(lambda x, bias: IDENTITY(x)), run(lambda x, bias: x))
 
 
 def test_a_constant_row_has_finite_gradients():
