@@ -1,4 +1,4 @@
-"""Norm or bias and activation in one, and the linear layer, against the plain compositions."""
+"""Norm or bias and activation in one, against the plain compositions."""
 
 import chex
 import jax
@@ -9,7 +9,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twister_jax.nn.layers import Linear, layer_norm
+from twister_jax.nn.layers import layer_norm
 from twister_jax.nn.rowwise import IDENTITY, bias_silu, norm_silu
 
 
@@ -90,20 +90,3 @@ def test_bfloat16_is_computed_in_float32_inside(function):
     np.testing.assert_allclose(y.astype(jnp.float32), exact, rtol=2e-2, atol=1e-2)
     assert gradients[1].dtype == jnp.bfloat16
     np.testing.assert_allclose(gradients[1].astype(jnp.float32), exact_gradients[1], rtol=3e-2, atol=3e-2)
-
-
-@pytest.mark.parametrize("shape", [(), (5,), (2, 3), (2, 1, 3)])
-@pytest.mark.parametrize("use_bias", [True, False])
-def test_linear_equals_flax_with_all_gradients(shape, use_bias):
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(*shape, 6)), jnp.float32)
-    weight = jnp.asarray(rng.normal(size=(*shape, 4)), jnp.float32)
-    random = nnx.initializers.normal(1.0)
-    kinds = {"use_bias": use_bias, "kernel_init": random, "bias_init": random, "dtype": jnp.float32}
-
-    def run(layer):
-        return value_and_gradients(
-            lambda layer, x: layer(x), layer(6, 4, **kinds, rngs=nnx.Rngs(0)), x, weight
-        )
-
-    chex.assert_trees_all_close(run(Linear), run(nnx.Linear), rtol=1e-5, atol=1e-5)
