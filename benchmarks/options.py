@@ -37,6 +37,9 @@ class Options:
     profile: Path | None
 
 
+_DESCRIPTION = "How fast training is on this machine, and how close to its matrix products: one table."
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, as the rest of the program does."""
 
@@ -93,7 +96,7 @@ def parse(arguments: Sequence[str]) -> Options:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog=PROGRAM, description=__doc__, allow_abbrev=False)
+    parser = _Parser(prog=PROGRAM, description=_DESCRIPTION, allow_abbrev=False)
     add = parser.add_argument
     add("--agent", default="twister", help="twister or twm (default twister)")
     add("--preset", default="auto", help="paper, cpu, debug, or auto: paper on an accelerator, else cpu")
@@ -104,11 +107,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, help="windows of an update, in place of the preset's")
     add("--batch-length", type=int, help="steps of a window, in place of the preset's")
     add("--horizon", type=int, help="imagined steps, in place of the preset's")
-    add("--repeats", type=int, default=10, help="samples of which the median is taken (default 10)")
+    add("--repeats", type=int, default=10, help="samples to a median (default 10; of loop 8, 16, ...)")
     add("--quick", action="store_true", help="three short samples, few sizes: does it run at all?")
     add("--budget", type=float, default=60.0, help="seconds one measurement may take (default 60)")
     add("--minutes", type=float, default=1e6, help="after so many no new measurement begins")
-    add("--loop-steps", type=int, default=50, help="agent steps of the section loop (default 50)")
+    add("--loop-steps", type=int, default=50, help="agent steps of loop, whatever the budget (default 50)")
     add("--json", type=Path, metavar="FILE", help="everything as JSON, rewritten after every section")
     add(
         "--profile",

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from twister_jax import replay
+from twister_jax.__main__ import keep_compiled_programs
 from twister_jax.agent import Agent, Transition
 from twister_jax.config import Config, TwisterConfig, TwisterModelConfig
 from twister_jax.envs.base import EnvSpec
@@ -76,10 +77,8 @@ def compiled_once(tmp_path_factory):
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent  # that of all workers
-    (base / "xla").mkdir(exist_ok=True)
-    directory = str(base / "xla")
-    os.environ["TWISTER_JAX_CACHE"] = directory
-    jax.config.update("jax_compilation_cache_dir", directory)
+    os.environ["TWISTER_JAX_CACHE"] = str(base / "xla")
+    keep_compiled_programs(jax.default_backend())
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

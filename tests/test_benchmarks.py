@@ -8,18 +8,21 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
-from benchmarks import loop, machine, operations, profiling
+from benchmarks import loop, machine, operations, profiling, update
 from benchmarks.__main__ import main
 from benchmarks.options import SECTIONS, make_config, parse
 from benchmarks.report import Report, Row
 from benchmarks.timing import Clock, Times
+from twister_jax.__main__ import keep_compiled_programs
 from twister_jax.nn.convolution import conv2d, conv2d_transpose
 
 SETTINGS = (
     "jax_compilation_cache_dir",
     "jax_enable_compilation_cache",
     "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_enable_xla_caches",
 )
 
 
@@ -28,9 +31,26 @@ def own_cache(tmp_path, monkeypatch):
     """The program turns JAX's persistent cache on; later tests get their settings back."""
     monkeypatch.setenv("TWISTER_JAX_CACHE", str(tmp_path / "cache"))
     before = {name: getattr(jax.config, name) for name in SETTINGS}
-    yield
+    yield tmp_path / "cache"
     for name, value in before.items():
         jax.config.update(name, value)
+    compilation_cache.reset_cache()  # or this directory stays in use
+
+
+def test_what_was_compiled_for_the_clock_is_not_compiled_again(own_cache):
+    """The section `loop`, and the next training, find what the section `update` compiled."""
+
+    def doubled(x):
+        return 2 * x
+
+    keep_compiled_programs(jax.default_backend())
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    with update.fresh_cache():
+        jax.jit(doubled)(jnp.ones(3))
+    assert len(list(own_cache.glob("*/jit_doubled-*-cache"))) == 1
+    jax.clear_caches()
+    jax.jit(doubled)(jnp.ones(3))
+    assert len(list(own_cache.glob("*/jit_doubled-*-cache"))) == 1  # another key would have made another
 
 
 def test_a_section_fills_the_table_and_the_file(tmp_path, capsys):

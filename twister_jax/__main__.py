@@ -204,14 +204,23 @@ def start_jax() -> None:
         backend = jax.default_backend()
     except RuntimeError as error:
         raise UserError(f"JAX cannot start: {error}; run `{PROGRAM} doctor`") from error
+    keep_compiled_programs(backend)
+
+
+def keep_compiled_programs(backend: str) -> None:
+    """In `cache_directory`. Where that cannot be written every start compiles anew, and that is all."""
+    import jax
+
     cache = cache_directory(backend)
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return  # every start compiles anew, and that is all
+        return
     if os.access(cache, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+        # XLA's own caches would put this path into every key: no program in a copied cache would be found.
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 def cache_directory(backend: str) -> Path:
