@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+from twister_jax.allocator import return_freed_memory
+
 
 class Interrupted(Exception):
     """A signal asked the run to end; raised only where everything is consistent."""
@@ -101,6 +103,7 @@ def compile_in_background(functions: Mapping[str, Any]) -> dict[str, Pending]:
     def work() -> None:
         for each in list(pending.values()):
             each.run()
+        return_freed_memory()  # compiling takes gigabytes, and a run may last for days
 
     # Not a daemon: an interpreter that ends under a compilation aborts. The program leaves by `exit_with`.
     threading.Thread(target=work, name="compile").start()
