@@ -49,11 +49,15 @@ def test_what_was_compiled_for_the_clock_is_not_compiled_again(own_cache):
         jax.jit(doubled)(jnp.ones(3))
     assert len(list(own_cache.glob("*/jit_doubled-*-cache"))) == 1
     jax.clear_caches()
+    events: list[str] = []
+    jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
     jax.jit(doubled)(jnp.ones(3))
+    jax.monitoring.clear_event_listeners()
+    assert "/jax/compilation_cache/cache_hits" in events
     assert len(list(own_cache.glob("*/jit_doubled-*-cache"))) == 1  # another key would have made another
 
 
-def test_a_section_fills_the_table_and_the_file(tmp_path, capsys):
+def test_a_section_fills_the_table_and_the_file(tmp_path, own_cache, capsys):
     path = tmp_path / "out.json"
     assert main(["--preset", "debug", "--quick", "--only", "peak", "--json", str(path)]) == 0
     found = json.loads(path.read_text())

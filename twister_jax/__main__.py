@@ -208,7 +208,7 @@ def start_jax() -> None:
 
 
 def keep_compiled_programs(backend: str) -> None:
-    """In `cache_directory`. Where that cannot be written every start compiles anew, and that is all."""
+    """Keeps them in `cache_directory`; where that cannot be written, every start compiles anew."""
     import jax
 
     cache = cache_directory(backend)
@@ -219,7 +219,8 @@ def keep_compiled_programs(backend: str) -> None:
     if os.access(cache, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-        # XLA's own caches would put this path into every key: no program in a copied cache would be found.
+        # XLA's own caches (autotuning, on a GPU) would put this path into every key: no program in a copied
+        # cache would be found.
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 

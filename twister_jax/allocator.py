@@ -23,6 +23,6 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Gives the kernel what was kept, so that free memory can be told; elsewhere does nothing."""
+    """Gives the kernel what was kept, to be told from what is taken; elsewhere does nothing."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -77,6 +77,7 @@ class Pending:
             self._error = error
         finally:
             self._traced = None
+            return_freed_memory()  # compiling takes gigabytes, and a run may last for days
             self._done.set()
 
     def ready(self) -> bool:
@@ -103,7 +104,6 @@ def compile_in_background(functions: Mapping[str, Any]) -> dict[str, Pending]:
     def work() -> None:
         for each in list(pending.values()):
             each.run()
-        return_freed_memory()  # compiling takes gigabytes, and a run may last for days
 
     # Not a daemon: an interpreter that ends under a compilation aborts. The program leaves by `exit_with`.
     threading.Thread(target=work, name="compile").start()

@@ -303,7 +303,7 @@ class Run:
             self._fits = True
 
     def _check_scratch_memory(self) -> None:
-        """Before anything runs: what freed memory a process keeps cannot be told from memory that is gone.
+        """Before anything runs: what an update leaves with the process cannot be told from what is gone.
 
         Pictures are left out, so that nothing waits for their compilation.
         """
