@@ -7,8 +7,7 @@ import pytest
 
 from tests.twm.conftest import ALGORITHM, CONFIG, GREY, replay_of, stream
 from twister_jax.agent import Observation
-from twister_jax.config import Config, OptimizerConfig, TwmConfig
-from twister_jax.optimizer import make_optimizer
+from twister_jax.config import Config, TwmConfig
 from twister_jax.training.checkpoint import Checkpointer, Snapshot
 from twister_jax.twm.agent import NETWORKS, make_agent
 from twister_jax.twm.windows import is_observation, may_start, stack_frames
@@ -228,15 +227,6 @@ def test_a_batch_that_fits_in_the_smallest_allowed_replay(agent):
     assert int(may_start(replay, ALGORITHM.batch_length + 2).sum()) >= ALGORITHM.batch_size
     assert int(may_start(replay, ALGORITHM.imagination_horizon + 1).sum()) >= ALGORITHM.imagination_batch
     assert int(is_observation(replay).sum()) >= ALGORITHM.batch_size * ALGORITHM.batch_length
-
-
-def test_weight_decay_is_added_to_the_clipped_gradient():
-    """The order of PyTorch's Adam: clip, then L2 into the gradient, then the moments."""
-    optimizer = make_optimizer(OptimizerConfig(0.1, 1e-5, 1.0, 0.5))
-    weight, gradient = jnp.array([2.0, -1.0]), jnp.array([30.0, 40.0])
-    updates, _ = optimizer.update(gradient, optimizer.init(weight), weight)
-    total = np.array([0.6, 0.8]) + 0.5 * np.array([2.0, -1.0])
-    np.testing.assert_allclose(updates, -0.1 * total / (np.abs(total) + 1e-5), rtol=1e-5)
 
 
 def test_report_draws_a_picture(agent, state, filled):
