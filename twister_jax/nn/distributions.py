@@ -10,6 +10,7 @@ from typing import Protocol
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -52,7 +53,7 @@ class OneHot:
         probs = jax.lax.stop_gradient(self.probs)
         classes = probs.shape[-1]
         # A cumulative sum as a product with a triangular matrix: XLA's own is quadratic and unfused.
-        triangle = jnp.triu(jnp.ones((classes, classes), probs.dtype))
+        triangle = np.triu(np.ones((classes, classes), probs.dtype))
         cumulative = jnp.matmul(probs, triangle, precision=jax.lax.Precision.HIGHEST)
         u = jax.random.uniform(key, (*probs.shape[:-1], 1)) * cumulative[..., -1:]
         index = jnp.sum(cumulative <= u, axis=-1)

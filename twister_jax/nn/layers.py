@@ -1,6 +1,7 @@
 """The small parts that networks are made of: initialisers, norms and multi-layer perceptrons."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float
 from twister_jax.nn.rowwise import norm_silu
 
 Initializer = Callable[..., Array]
+Network = TypeVar("Network", bound=nnx.Module)
 
 trunk_init: Initializer = nnx.initializers.variance_scaling(1.0, "fan_avg", "truncated_normal")
 """Normal truncated at two standard deviations, sigma = sqrt(2 / (fan_in + fan_out)) / 0.8796."""
@@ -49,6 +51,18 @@ class Linear(nnx.Linear):
         return y.reshape(*inputs.shape[:-1], y.shape[-1])
 
 
+def rounded(network: Network) -> Network:
+    """The network with the kernels of its linear layers in the type of their products.
+
+    For use inside of a loop: XLA would round them anew in every round of it.
+    """
+    network = nnx.clone(network)
+    for _, layer in nnx.iter_modules(network):
+        if isinstance(layer, Linear):
+            layer.kernel = nnx.Param(layer.kernel[...].astype(layer.dtype))
+    return network
+
+
 def pytorch_linear(features_in: int, features_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Linear:
     """A linear layer whose weight and bias start uniform in ±1/sqrt(fan_in)."""
     init = uniform_fan_in(features_in)
@@ -56,8 +70,12 @@ def pytorch_linear(features_in: int, features_out: int, *, dtype: DTypeLike, rng
 
 
 def layer_norm(features: int, epsilon: float, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """Layer normalisation; statistics are always float32, the result has `dtype`."""
-    return nnx.LayerNorm(features, epsilon=epsilon, dtype=dtype, rngs=rngs)
+    """Layer normalisation; statistics are always float32, the result has `dtype`.
+
+    The variance is the mean of squared distances from the mean. That is more exact than the difference of two
+    means, and on a GPU XLA makes one kernel of it.
+    """
+    return nnx.LayerNorm(features, epsilon=epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs)
 
 
 class NormedLinear(nnx.Module):

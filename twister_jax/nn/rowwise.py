@@ -20,50 +20,56 @@ class Rowwise(NamedTuple):
     still in cache; see `convolution.conv2d`.
 
     Attributes:
-      forward: (x, params) -> (y, kept), y in the type of x. `kept` is a pytree of what `backward` wants
-        besides x, its leading axes those of x.
+      value: (x, params) -> y, in the type of x.
+      forward: (x, params) -> (y, kept), where a gradient is wanted. `kept` is a pytree of what `backward`
+        wants besides x, its leading axes those of x.
       backward: (x, params, kept, dy) -> (dx, dparams), the latter summed over all leading axes.
       params: arrays that all rows share.
     """
 
+    value: Callable[[Array, Params], Array]
     forward: Callable[[Array, Params], tuple[Array, Any]]
     backward: Callable[[Array, Params, Any, Array], tuple[Array, Params]]
     params: Params = ()
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
         """y."""
-        return _apply(x, self.params, self.forward, self.backward)
+        return _apply(x, self.params, self._replace(params=()))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _apply(x, params, forward, backward):
-    return forward(x, params)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _apply(x, params, function):
+    return function.value(x, params)
 
 
-def _apply_forward(x, params, forward, backward):
-    y, kept = forward(x, params)
+def _apply_forward(x, params, function):
+    y, kept = function.forward(x, params)
     return y, (x, params, kept)
 
 
-def _apply_backward(forward, backward, saved, dy):
-    return backward(*saved, dy)
+def _apply_backward(function, saved, dy):
+    return function.backward(*saved, dy)
 
 
 _apply.defvjp(_apply_forward, _apply_backward)
 
 
-IDENTITY = Rowwise(lambda x, params: (x, ()), lambda x, params, kept, dy: (dy, ()))
+IDENTITY = Rowwise(lambda x, params: x, lambda x, params: (x, ()), lambda x, params, kept, dy: (dy, ()))
 
 
 def bias_silu(bias: Float[Array, " features"]) -> Rowwise:
     """silu(x + bias), inside in float32."""
-    return Rowwise(_bias_silu_forward, _bias_silu_backward, (bias,))
+    return Rowwise(_bias_silu, _bias_silu_forward, _bias_silu_backward, (bias,))
+
+
+def _bias_silu(x, params):
+    (bias,) = params
+    chex.assert_shape(bias, x.shape[-1:])
+    return jax.nn.silu(x.astype(jnp.float32) + bias).astype(x.dtype)
 
 
 def _bias_silu_forward(x, params):
-    (bias,) = params
-    chex.assert_shape(bias, x.shape[-1:])
-    return jax.nn.silu(x.astype(jnp.float32) + bias).astype(x.dtype), ()
+    return _bias_silu(x, params), ()
 
 
 def _bias_silu_backward(x, params, kept, dy):
@@ -81,12 +87,23 @@ def norm_silu(norm: nnx.LayerNorm) -> Rowwise:
     """silu(norm(x)), inside in float32, without keeping anything of x's size but x for the gradient.
 
     Left to itself, XLA's CPU backend writes out what enters and leaves every sum over features; where these
-    are few, one sum of two things keeps both ways single passes over memory.
+    are few, one sum of two things keeps both ways single passes over memory. Where no gradient is wanted, the
+    variance is that of `layers.layer_norm`.
     """
     assert norm.scale is not None
     assert norm.bias is not None
+    value = partial(_norm_silu, epsilon=norm.epsilon)
     forward = partial(_norm_silu_forward, epsilon=norm.epsilon)
-    return Rowwise(forward, _norm_silu_backward, (norm.scale[...], norm.bias[...]))
+    return Rowwise(value, forward, _norm_silu_backward, (norm.scale[...], norm.bias[...]))
+
+
+def _norm_silu(x, params, epsilon):
+    scale, bias = params
+    chex.assert_shape([scale, bias], x.shape[-1:])
+    wide = x.astype(jnp.float32)
+    centred = wide - jnp.mean(wide, -1, keepdims=True)
+    root = jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + epsilon)
+    return jax.nn.silu(centred * (root * scale) + bias).astype(x.dtype)
 
 
 def _norm_silu_forward(x, params, epsilon):
