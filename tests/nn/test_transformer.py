@@ -8,7 +8,13 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twister_jax.nn.transformer import Transformer, attention_mask, by_distance_to_by_key, sinusoids
+from twister_jax.nn.transformer import (
+    Transformer,
+    attention_mask,
+    by_distance_to_by_key,
+    place_scores,
+    sinusoids,
+)
 
 BATCH, LENGTH, HIDDEN, CONTEXT = 3, 12, 16, 4
 
@@ -86,11 +92,22 @@ def test_step_by_step_equals_the_whole_window(transformer, inputs):
     is_first = first_at(0, 5, 6, 9)
     whole, _ = transformer(inputs, is_first)
     ring = transformer.empty_ring(BATCH)
-    position_keys = transformer.position_keys()
+    position_table = transformer.position_table()
     for t in range(LENGTH):
         ring = ring.replace(visible=ring.visible & ~is_first[:, t, None])
-        out, ring = transformer.step(inputs[:, t], ring, position_keys)
+        out, ring = transformer.step(inputs[:, t], ring, position_table)
         np.testing.assert_allclose(out, whole[:, t], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_both_forms_of_place_scores_agree(dtype):
+    rng = np.random.default_rng(0)
+    place, by_slot = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((7, 4, 16), (4, 5, 16)))
+    product, total = (place_scores(place, by_slot, form) for form in ("product", "sum"))
+    exact = np.einsum("nhd,hsd->nhs", *(np.asarray(x, np.float64) for x in (place, by_slot)))
+    for scores in (product, total):
+        assert scores.dtype == jnp.float32
+        np.testing.assert_allclose(scores, exact, rtol=1e-4, atol=1e-4)
 
 
 def test_rings_of_windows_continue_the_window(transformer, inputs):
@@ -102,7 +119,7 @@ def test_rings_of_windows_continue_the_window(transformer, inputs):
         rings = transformer.rings_of_windows(cache, is_first[:, : start + 1])
         x = jnp.repeat(inputs, start + 1, axis=0)  # every start of a row is fed the row's continuation
         for t in range(start + 1, min(start + 4, LENGTH)):
-            out, rings = transformer.step(x[:, t], rings, transformer.position_keys())
+            out, rings = transformer.step(x[:, t], rings, transformer.position_table())
             np.testing.assert_allclose(out[start :: start + 1], whole[:, t], rtol=1e-4, atol=1e-5)
 
 

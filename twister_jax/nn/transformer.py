@@ -4,6 +4,8 @@ The same weights are used in two ways: over a whole training window at once, and
 ring of cached keys and values (acting and imagination). The tests hold the two against each other.
 """
 
+from typing import Literal
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -71,6 +73,23 @@ def _float32_einsum(equation: str, *factors: Array) -> Array:
     return jnp.einsum(equation, *factors, preferred_element_type=jnp.float32)
 
 
+def place_scores(
+    place: Float[Array, "sequence head size"],
+    by_slot: Float[Array, "head slot size"],
+    form: Literal["product", "sum"] | None = None,
+) -> Float[Array, "sequence head slot"]:
+    """The part of a step's scores that depends on distances: the same keys for all sequences.
+
+    A product of matrices, on accelerators written as a sum: a kernel of its own would cost more there than
+    its arithmetic, and the sum is made by the kernel that adds it to the other part. `form` is for tests.
+    """
+    if form is None:
+        form = "product" if jax.default_backend() == "cpu" else "sum"
+    if form == "product":
+        return _float32_einsum("nhd,hsd->nhs", place, by_slot)
+    return jnp.sum(place.astype(jnp.float32)[:, :, None] * by_slot.astype(jnp.float32), axis=-1)
+
+
 class Dropout:
     """Inverted dropout with a key of its own at every call; the identity without a key or at rate 0."""
 
@@ -93,9 +112,7 @@ class Block(nnx.Module):
 
     def __init__(self, hidden: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.heads = heads
-        self.query = pytorch_linear(hidden, hidden, dtype=dtype, rngs=rngs)
-        self.key = pytorch_linear(hidden, hidden, dtype=dtype, rngs=rngs)
-        self.value = pytorch_linear(hidden, hidden, dtype=dtype, rngs=rngs)
+        self.query_key_value = pytorch_linear(hidden, 3 * hidden, dtype=dtype, rngs=rngs)
         self.output = pytorch_linear(hidden, hidden, dtype=dtype, rngs=rngs)
         self.position = pytorch_linear(hidden, hidden, dtype=dtype, rngs=rngs)
         self.u = nnx.Param(jnp.zeros(hidden))
@@ -126,7 +143,7 @@ class Block(nnx.Module):
         dropout: Dropout,
     ) -> tuple[Array, Array, Array]:
         """Whole windows. Returns the output, and this block's keys and values, all [batch, time, hidden]."""
-        query, key, value = self.query(x), self.key(x), self.value(x)
+        query, key, value = jnp.split(self.query_key_value(x), 3, axis=-1)
         content = self.split(add_bias(query, self.u[...]))
         place = self.split(add_bias(query, self.v[...]))
         scores = _float32_einsum("bihd,bjhd->bhij", content, self.split(key))
@@ -145,18 +162,18 @@ class Block(nnx.Module):
         values: Float[Array, "sequence head slot size"],
         visible: Bool[Array, "sequence slot"],
         slot: Int[Array, ""],
-        position_keys: Float[Array, "distance head size"],
+        by_slot: Float[Array, "head slot size"],
     ) -> tuple[Array, Array, Array]:
-        """One position of every sequence; `visible` already holds the new slot. Returns x, keys, values."""
-        query = self.query(x)
-        keys = _put(keys, self.split(self.key(x)), slot)
-        values = _put(values, self.split(self.value(x)), slot)
+        """One position of every sequence; `visible` already holds the new slot. Returns x, keys, values.
+
+        `by_slot` are the position keys of the distances that the slots have.
+        """
+        query, key, value = jnp.split(self.query_key_value(x), 3, axis=-1)
+        keys = _put(keys, self.split(key), slot)
+        values = _put(values, self.split(value), slot)
         content = self.split(add_bias(query, self.u[...]))
         place = self.split(add_bias(query, self.v[...]))
-        slots = keys.shape[2]
-        by_slot = position_keys[(slot - jnp.arange(slots)) % slots]
-        scores = _float32_einsum("nhd,nhsd->nhs", content, keys)
-        scores = scores + _float32_einsum("nhd,shd->nhs", place, by_slot)
+        scores = _float32_einsum("nhd,nhsd->nhs", content, keys) + place_scores(place, by_slot)
         scores = scores * keys.shape[-1] ** -0.5
         weights = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf)).astype(values.dtype)
         attended = jnp.einsum("nhs,nhsd->nhd", weights, values)
@@ -258,27 +275,34 @@ class Transformer(nnx.Module):
             position=jnp.asarray(context, jnp.int32),
         )
 
-    def position_keys(self) -> list[Float[Array, "distance head size"]]:
-        """Every block's position keys, for `step`."""
-        return [block.position_keys(self.context) for block in self.blocks]
+    def position_table(self) -> Float[Array, "block head two_slots size"]:
+        """Every block's position keys as `step` wants them: row j is of distance −j mod (context + 1).
+
+        However far the ring has turned, the keys of its slots' distances lie one after another.
+        """
+        slots = self.context + 1
+        distances = -jnp.arange(2 * slots) % slots
+        keys = jnp.stack([block.position_keys(self.context)[distances] for block in self.blocks])
+        return jnp.moveaxis(keys, 2, 1)
 
     def step(
         self,
         x: Float[Array, "sequence hidden"],
         ring: Ring,
-        position_keys: list[Float[Array, "distance head size"]],
+        position_table: Float[Array, "block head two_slots size"],
     ) -> tuple[Float[Array, "sequence hidden"], Ring]:
         """The next position of every sequence: sees what is visible in the ring, and itself."""
+        slots = self.context + 1
         chex.assert_shape(x, (ring.visible.shape[0], self.hidden))
-        slot = ring.position % (self.context + 1)
+        chex.assert_shape(position_table, (len(self.blocks), None, 2 * slots, None))
+        slot = ring.position % slots
+        by_slot = jax.lax.dynamic_slice_in_dim(position_table, slots - slot, slots, axis=2)
         visible = jax.lax.dynamic_update_index_in_dim(
             ring.visible, jnp.ones_like(ring.visible[:, 0]), slot, axis=1
         )
         keys, values = [], []
         for index, block in enumerate(self.blocks):
-            x, key, value = block.step(
-                x, ring.keys[index], ring.values[index], visible, slot, position_keys[index]
-            )
+            x, key, value = block.step(x, ring.keys[index], ring.values[index], visible, slot, by_slot[index])
             keys.append(key)
             values.append(value)
         return x, Ring(tuple(keys), tuple(values), visible, ring.position + 1)

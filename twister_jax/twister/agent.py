@@ -121,7 +121,7 @@ def make_agent(config: Config, spec: EnvSpec) -> Agent:
         latent = jnp.where(first, model.initial_latent(), carry.latent)
         action = jnp.where(first, 0.0, carry.action)
         ring = dataclasses.replace(carry.ring, visible=carry.ring.visible & ~first)
-        deter, ring = model.step(latent, action, ring, model.transformer.position_keys())
+        deter, ring = model.step(latent, action, ring, model.transformer.position_table())
 
         latent = draw("posterior", model.posterior(to_float(observation.image)))
         latent = latent.reshape(latent.shape[0], -1)

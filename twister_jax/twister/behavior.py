@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 from twister_jax.config import TwisterConfig, TwisterModelConfig
 from twister_jax.envs.base import EnvSpec
 from twister_jax.nn.distributions import Policy, Sampler, SymlogTwoHot, policy_distribution
-from twister_jax.nn.layers import Head, logits_init
+from twister_jax.nn.layers import Head, logits_init, rounded
 from twister_jax.nn.transformer import Ring
 from twister_jax.twister.world_model import Observed, WorldModel, features
 
@@ -108,13 +108,14 @@ def imagine(
       noise: pytree whose leading axis is the number of steps H; one slice feeds each step.
       sampler: makes of one slice of `noise` the sampler of that step; it draws "action" and "prior".
     """
-    position_keys = model.transformer.position_keys()
+    model, actor = rounded(model), rounded(actor)
+    position_table = model.transformer.position_table()
 
     def step(carry, noise):
         latent, deter, ring = carry
         draw = sampler(noise)
         action = draw("action", actor(features(latent, deter)))
-        deter, ring = model.step(latent, action, ring, position_keys)
+        deter, ring = model.step(latent, action, ring, position_table)
         prior = model.prior(deter)
         latent = draw("prior", prior)
         latent = latent.reshape(*latent.shape[:-2], -1)
@@ -146,7 +147,7 @@ def lambda_returns(
         future = reward + discount * ((1.0 - gae_lambda) * value + gae_lambda * future)
         return future, future
 
-    return jax.lax.scan(step, value[-1], (reward, discount, value), reverse=True)[1]
+    return jax.lax.scan(step, value[-1], (reward, discount, value), reverse=True, unroll=True)[1]
 
 
 @struct.dataclass

@@ -129,9 +129,6 @@ def _dynamics(config: TwisterModelConfig) -> Iterator[Rule]:
         yield Rule(f"{attention}.u", (*path, "u"), _same, _same)
         yield Rule(f"{attention}.v", (*path, "v"), _same, _same)
         for theirs, ours in [
-            ("query_layer", "query"),
-            ("key_layer", "key"),
-            ("value_layer", "value"),
             ("output_layer", "output"),
             ("pos_layer", "position"),
         ]:
@@ -143,7 +140,10 @@ def _dynamics(config: TwisterModelConfig) -> Iterator[Rule]:
 
 
 def world_model_rules(config: TwisterModelConfig) -> list[Rule]:
-    """Every published world-model array that maps onto one of ours; the contrastive heads are stacked."""
+    """Every published world-model array that maps onto one of ours.
+
+    The others are joined: queries, keys and values of an attention, and the contrastive heads.
+    """
     return [
         *_convolutions(config),
         *_dynamics(config),
@@ -204,6 +204,32 @@ def _write_contrastive(tree: Tree, config: TwisterModelConfig) -> dict[str, np.n
     return published
 
 
+def _attention(block: int) -> tuple[Path, list[str]]:
+    """Where the first linear layer of an attention lives, and the published layers it joins."""
+    attention = f"rssm.transformer.blocks.{block}.self_att_module.attention"
+    return ("transformer", "blocks", block, "query_key_value"), [
+        f"{attention}.{part}_layer" for part in ("query", "key", "value")
+    ]
+
+
+def _read_attention(tree: Tree, weights: dict[str, np.ndarray], config: TwisterModelConfig) -> None:
+    for block in range(config.transformer_blocks):
+        path, names = _attention(block)
+        _put(tree, (*path, "kernel"), np.concatenate([weights[f"{name}.weight"].T for name in names], 1))
+        _put(tree, (*path, "bias"), np.concatenate([weights[f"{name}.bias"] for name in names]))
+
+
+def _write_attention(tree: Tree, config: TwisterModelConfig) -> dict[str, np.ndarray]:
+    published: dict[str, np.ndarray] = {}
+    for block in range(config.transformer_blocks):
+        path, names = _attention(block)
+        kernels = np.split(_get(tree, (*path, "kernel")), 3, axis=1)
+        biases = np.split(_get(tree, (*path, "bias")), 3)
+        for name, kernel, bias in zip(names, kernels, biases, strict=True):
+            published |= {f"{name}.weight": kernel.T, f"{name}.bias": bias}
+    return published
+
+
 def load_published(
     weights: dict[str, np.ndarray], config: TwisterModelConfig, spec: EnvSpec
 ) -> dict[str, Tree]:
@@ -224,6 +250,7 @@ def load_published(
         groups: dict[str, Tree] = {"world_model": {}}
         for rule in world_model_rules(config):
             _put(groups["world_model"], rule.path, rule.read(np.asarray(weights[rule.name])))
+        _read_attention(groups["world_model"], weights, config)
         groups["world_model"]["contrastive"] = _read_contrastive(weights, config, spec.num_actions)
         for group, name in HEADS.items():
             groups[group] = {}
@@ -261,6 +288,7 @@ def to_published(group: str, tree: Tree, config: TwisterModelConfig) -> dict[str
     """Parameters or gradients of one group under their published names and in their published layouts."""
     if group == "world_model":
         published = {rule.name: rule.write(_get(tree, rule.path)) for rule in world_model_rules(config)}
+        published |= _write_attention(tree, config)
         return published | _write_contrastive(tree["contrastive"], config)
     rules = _head(HEADS[group], ("head",))
     return {rule.name: rule.write(_get(tree, rule.path)) for rule in rules}

@@ -40,12 +40,12 @@ def open_loop_picture(
         values=tuple(x[here] for x in start.ring.values),
         visible=start.ring.visible[here],
     )
-    position_keys = model.transformer.position_keys()
+    position_table = model.transformer.position_table()
 
     def step(carry, inputs):
         latent, ring = carry
         action, key = inputs
-        deter, ring = model.step(latent, action, ring, position_keys)
+        deter, ring = model.step(latent, action, ring, position_table)
         latent = model.prior(deter).draw(key).reshape(batch, -1)
         return (latent, ring), latent
 

@@ -217,10 +217,10 @@ class WorldModel(nnx.Module):
         latent: Float[Array, "sequence latent"],
         action: Float[Array, "sequence action"],
         ring: Ring,
-        position_keys: list[Float[Array, "distance head size"]],
+        position_table: Float[Array, "block head two_slots size"],
     ) -> tuple[Float[Array, "sequence hidden"], Ring]:
         """H after one more transition of every sequence."""
-        return self.transformer.step(self.mix(latent, action), ring, position_keys)
+        return self.transformer.step(self.mix(latent, action), ring, position_table)
 
 
 def features(latent: Float[Array, "*batch latent"], deter: Float[Array, "*batch hidden"]) -> Array:
