@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from twister_jax.config import TwmConfig
 from twister_jax.nn.distributions import OneHot, Sampler
+from twister_jax.nn.layers import rounded
 from twister_jax.twm.dynamics import Dynamics, Memory
 from twister_jax.twm.networks import Mlp
 from twister_jax.twm.observation import flat, hinge
@@ -99,6 +100,7 @@ def imagine(
     Returns:
       the rollouts, and h of the start's own action token and of every imagined step.
     """
+    dynamics, actor = rounded(dynamics), rounded(actor)
     rollouts = start.reward.shape[0]
     horizon = jax.tree.leaves(draws)[0].shape[0]
     pool = restarts.shape[0]
@@ -179,7 +181,7 @@ def generalized_advantages(
         return advantage, advantage
 
     _, advantages = jax.lax.scan(
-        back, jnp.zeros_like(delta[:, 0]), (delta.T, gae_lambda * continues.T), reverse=True
+        back, jnp.zeros_like(delta[:, 0]), (delta.T, gae_lambda * continues.T), reverse=True, unroll=True
     )
     return advantages.T
 

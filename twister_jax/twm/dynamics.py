@@ -289,8 +289,12 @@ class Dynamics(nnx.Module):
         return tuple(block.split(block.position(encodings)) for block in self.blocks)
 
     def empty_memory(self, sequences: int, steps: int) -> Memory:
-        """Room for `steps` steps, the last without its reward."""
-        shape = (sequences, self.config.attention_heads, TOKENS_PER_STEP * steps - 1, self.config.head_size)
+        """Room for `steps` steps.
+
+        Nothing sees the last one's reward; without it XLA would pad the memory in every layer on a GPU, to an
+        even number of tokens.
+        """
+        shape = (sequences, self.config.attention_heads, TOKENS_PER_STEP * steps, self.config.head_size)
         empty = tuple(jnp.zeros(shape, self.dtype) for _ in self.blocks)
         return Memory(empty, empty)
 
