@@ -11,7 +11,7 @@ from twister_jax.config import Config
 from twister_jax.errors import UserError
 
 DEFAULT_SECTIONS = ("peak", "update", "breakdown", "convolutions", "checkpoints", "acting", "loop")
-SECTIONS = (*DEFAULT_SECTIONS, "growth")
+SECTIONS = (*DEFAULT_SECTIONS, "launches", "growth")
 PROGRAM = "python -m benchmarks"
 
 
@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--precision", default="auto", help="of matrix products: float32, bfloat16 or auto")
     add("--game", default="Pong", help="game of the sections acting and loop (default Pong)")
     add("--only", nargs="+", metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
-    add("--all", action="store_true", help="all sections; without it all but growth, which takes longest")
+    add("--all", action="store_true", help="all sections; without it all but launches and growth")
     add("--batch-size", type=int, help="windows of an update, in place of the preset's")
     add("--batch-length", type=int, help="steps of a window, in place of the preset's")
     add("--horizon", type=int, help="imagined steps, in place of the preset's")

@@ -1,0 +1,180 @@
+"""How many kernels a GPU is given in an update: each costs some microseconds, however little it does.
+
+On a GPU the update that is measured is counted. On a CPU the update is compiled for a GPU that is not there,
+which takes JAX's CUDA build (JAX 0.11, `pip install 'jax[cuda12]'`) and `JAX_PLATFORMS=cpu`. XLA then chooses
+without trying, and gives matrix products to cuBLAS; numbers of the two kinds are not to be compared.
+"""
+
+import collections
+import re
+from typing import TYPE_CHECKING, Any, NamedTuple
+from unittest import mock
+
+import jax
+from jax.experimental import topologies
+
+from benchmarks.profiling import source_names
+from benchmarks.subject import make_spec
+from twister_jax import config as configs
+from twister_jax import replay as replays
+from twister_jax.agents import make_agent
+from twister_jax.config import Config
+from twister_jax.training.loop import stored_steps
+
+if TYPE_CHECKING:
+    from benchmarks.bench import Bench
+
+SECTION = "launches"
+TOP = 12
+
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 l2_cache_size: 52428800
+  memory_bandwidth: 4800000000000 device_memory_size: 150000000000
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+runtime_version { major: 12 minor: 9 }
+device_description_str: "NVIDIA H200"
+"""
+"""What XLA wants to know of a GPU that it cannot ask."""
+
+_WITHOUT_TRYING: dict[str, Any] = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+
+
+class Launch(NamedTuple):
+    """An instruction that becomes a kernel."""
+
+    name: str
+    kind: str
+    """Of a fusion what makes it: kLoop, kInput (sums and transpositions), triton; of a call its target."""
+    times: int
+    """That an update runs it."""
+    loop: str
+    """The innermost loop that it is in, or nothing."""
+
+
+def run(bench: "Bench") -> None:
+    """The number, how it is made up, and the lines of ours that most of them come from."""
+    report = bench.report
+    if jax.default_backend() == "cpu":
+        precision = bench.options.precision if bench.options.precision != "auto" else "bfloat16"
+        try:
+            compiled = compile_for_absent_gpu(configs.replace(bench.config, {"precision": precision}))
+        except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
+            note = f"not counted: {' '.join(str(error).split())[:120]}; see benchmarks/launches.py"
+            report.add(SECTION, "kernels", None, "", note)
+            return
+        text, note = compiled.as_text(), f"compiled for an H200 that is not there, {precision}"
+        memory = compiled.memory_analysis().temp_size_in_bytes
+        report.add(SECTION, "temporary memory", memory, "B", "as the compiler plans it")
+    else:
+        text, note = bench.compile_update().text(), "the measured program"
+
+    launches = count(text)
+    names, loops, kinds, lines = source_names(text), *(collections.Counter[str]() for _ in range(3))
+    for each in launches:
+        kinds[each.kind] += each.times
+        lines[names.get(each.name, "no line of ours").removeprefix("<- ")] += each.times
+        if each.loop:
+            loops[each.loop] += each.times
+    report.add(SECTION, "kernels", sum(each.times for each in launches), "", note)
+    for loop, total in loops.most_common():
+        report.add(SECTION, f"in {loop}", total, "", "all its rounds")
+    for counted, what in ((kinds, "by what they are"), (lines, "by the line they come from")):
+        for name, total in counted.most_common(TOP):
+            report.add(SECTION, name[:44], total, "", what)
+
+
+def compile_for_absent_gpu(config: Config) -> Any:
+    """An update compiled for `H200`.
+
+    Raises:
+      NotImplementedError: JAX has no CUDA build here, or was not told to use the CPU.
+      JaxRuntimeError: XLA cannot compile it without trying.
+    """
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
+    place = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    spec = make_spec(config)
+    capacity = min(config.replay.capacity, stored_steps(config.train.steps))
+    with mock.patch.object(jax, "default_backend", return_value="gpu"):  # by which forms are chosen
+        agent = make_agent(config, spec)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        replay = jax.eval_shape(lambda: replays.init(1, capacity, spec.image_shape, spec.num_actions))
+        arguments = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            (jax.eval_shape(agent.init, key), replay, key),
+        )
+        lowered = jax.jit(agent.update, donate_argnums=(0, 1)).lower(*arguments)
+    return lowered.compile(compiler_options=_WITHOUT_TRYING)
+
+
+def count(text: str) -> list[Launch]:
+    """Every instruction of a compiled GPU program that becomes a kernel."""
+    entry, computations = _computations(text)
+    launches: list[Launch] = []
+
+    def walk(computation: str, times: int, loop: str) -> None:
+        for line in computations[computation]:
+            name, operation = _instruction(line)
+            if operation == "while":
+                body = re.search(r"body=%?([\w.\-]+)", line)
+                rounds = re.search(r"known_trip_count\D*(\d+)", line)
+                assert body is not None
+                walk(body[1], times * (int(rounds[1]) if rounds else 1), name)
+            elif operation in _INSIDE:
+                inner = re.search(r"(?:to_apply|calls)=%?([\w.\-]+)", line)
+                if inner is not None:
+                    walk(inner[1], times, loop)
+            elif operation not in _NOTHING:
+                launches.append(Launch(name, _kind(operation, line), times, loop))
+
+    walk(entry, 1, "")
+    return launches
+
+
+_NOTHING = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all"}
+_NOTHING |= {"fusion-done", "async-done", "async-update", "copy-done"}
+_INSIDE = {"call", "async-start"}
+
+
+def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
+    """The name of the entry computation, and the instructions of each."""
+    entry, current, lines = "", "", collections.defaultdict[str, list[str]](list)
+    for line in text.splitlines():
+        head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{\s*$", line)
+        if head is not None:
+            current = head[2]
+            entry = current if head[1] else entry
+        elif line.startswith("}"):
+            current = ""
+        elif current and " = " in line:
+            lines[current].append(line)
+    return entry, lines
+
+
+def _instruction(line: str) -> tuple[str, str]:
+    """Name and operation; the type between them may hold blanks inside of its brackets."""
+    name, _, rest = line.strip().removeprefix("ROOT ").partition(" = ")
+    depth = 0
+    for index, letter in enumerate(rest):
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == " " and not depth:
+            operation = re.match(r"[\w\-]+", rest[index + 1 :])
+            return name.lstrip("%"), operation[0] if operation else ""
+    return name.lstrip("%"), ""
+
+
+def _kind(operation: str, line: str) -> str:
+    if operation == "custom-call":
+        target: Any = re.search(r'custom_call_target="([^"]*)"', line)
+        return f"call {target[1]}"
+    if operation.startswith("fusion"):
+        kind: Any = re.search(r'"kind":"__(\w+)"', line) or re.search(r"kind=(\w+)", line)
+        return f"fusion {kind[1]}" if kind else operation
+    return operation
