@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from benchmarks.pieces import Pieces
 from benchmarks.subject import update_keys
 from benchmarks.timing import compile_program
+from twister_jax.agents import in_precision
 
 if TYPE_CHECKING:
     from benchmarks.bench import Bench
@@ -18,7 +19,7 @@ def run(bench: "Bench") -> None:
     pieces: Pieces = bench.pieces.pieces(bench.subject, update_keys(bench.config, 1)[0])
     piece, total = next(pieces), 0.0
     while True:
-        program = compile_program(piece.function, *piece.args)
+        program = compile_program(in_precision(piece.function, bench.config.precision), *piece.args)
         times = bench.measure(program, *piece.args)
         yardstick.clock.sample()  # by turns, so that both see the same machine
         share = program.operations / (times.median * yardstick.rate)

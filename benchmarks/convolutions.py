@@ -10,6 +10,7 @@ import jax
 from benchmarks.pieces import Convolution
 from benchmarks.timing import compile_program
 from twister_jax.agent import compute_dtype
+from twister_jax.agents import in_precision
 from twister_jax.nn.convolution import Form, conv2d, conv2d_transpose
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def run(bench: "Bench") -> None:
                 bench.report.fail(SECTION, f"--minutes are over at {layer.name}")
                 return
             for what, function, args in _functions(layer, form, dtype):
-                program = compile_program(function, *args)
+                program = compile_program(in_precision(function, bench.config.precision), *args)
                 times = bench.measure(program, *args)
                 yardstick.clock.sample()
                 useful = _operations(layer) * (1 if what == "forward" else 3)

@@ -19,17 +19,29 @@ def make_agent(config: Config, spec: EnvSpec) -> Agent:
     With precision float32 its functions multiply in float32 on accelerators too, whose default is coarser.
     """
     agent = importlib.import_module(f"twister_jax.{config.agent}.agent").make_agent(config, spec)
-    if config.precision != "float32" or jax.default_backend() == "cpu":
-        return agent
-    exact = {name: _exactly(getattr(agent, name)) for name in ("act", "act_evaluate", "learn", "report")}
-    phases = tuple(dataclasses.replace(phase, update=_exactly(phase.update)) for phase in agent.pretraining)
+    names = ("act", "act_evaluate", "learn", "report")
+    exact = {name: in_precision(getattr(agent, name), config.precision) for name in names}
+    phases = tuple(
+        dataclasses.replace(phase, update=in_precision(phase.update, config.precision))
+        for phase in agent.pretraining
+    )
     return dataclasses.replace(agent, **exact, pretraining=phases)
 
 
-def _exactly(function: Callable[..., Any]) -> Callable[..., Any]:
+def product_precision(precision: str) -> str | None:
+    """What `jax.default_matmul_precision` has to be for a run of this precision; None leaves it alone."""
+    return "highest" if precision == "float32" and jax.default_backend() != "cpu" else None
+
+
+def in_precision(function: Callable[..., Any], precision: str) -> Callable[..., Any]:
+    """`function`, multiplying as a run of this precision does."""
+    products = product_precision(precision)
+    if products is None:
+        return function
+
     @functools.wraps(function)
     def exact(*args: Any) -> Any:
-        with jax.default_matmul_precision("highest"):
+        with jax.default_matmul_precision(products):
             return function(*args)
 
     return exact
