@@ -10,6 +10,7 @@
 #   PYTHON   the Python that has JAX (default .venv/bin/python, else python3)
 #   WHEELS   a folder of wheels of what that Python lacks; installed into a folder of their own first
 #   AGENT    twister or twm
+#   XLA_FLAGS  what XLA is told; it stands in every table, so two calls compare two settings
 #   PRESET   for trying the script out: PRESET=debug QUICK=--quick MINUTES=2 benchmarks/gpu.sh
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1

@@ -1,5 +1,6 @@
 """How many kernels a GPU is given in an update: each costs some microseconds, however little it does.
 
+A call of a library counts once, whatever it launches; what XLA puts into one CUDA graph costs less each.
 On a GPU the update that is measured is counted. On a CPU the update is compiled for a GPU that is not there,
 which takes JAX's CUDA build (JAX 0.11, `pip install 'jax[cuda12]'`) and `JAX_PLATFORMS=cpu`. XLA then chooses
 without trying, and gives matrix products to cuBLAS; numbers of the two kinds are not to be compared.
@@ -14,12 +15,11 @@ import jax
 from jax.experimental import topologies
 
 from benchmarks.profiling import source_names
-from benchmarks.subject import make_spec
+from benchmarks.subject import make_spec, replay_steps
 from twister_jax import config as configs
 from twister_jax import replay as replays
 from twister_jax.agents import make_agent
 from twister_jax.config import Config
-from twister_jax.training.loop import stored_steps
 
 if TYPE_CHECKING:
     from benchmarks.bench import Bench
@@ -62,6 +62,9 @@ class Launch(NamedTuple):
 def run(bench: "Bench") -> None:
     """The number, how it is made up, and the lines of ours that most of them come from."""
     report = bench.report
+    if jax.default_backend() not in ("cpu", "gpu"):
+        report.add(SECTION, "kernels", None, "", f"of GPUs only, not of a {jax.default_backend()}")
+        return
     if jax.default_backend() == "cpu":
         precision = bench.options.precision if bench.options.precision != "auto" else "bfloat16"
         try:
@@ -101,11 +104,11 @@ def compile_for_absent_gpu(config: Config) -> Any:
     topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
     place = jax.sharding.SingleDeviceSharding(topology.devices[0])
     spec = make_spec(config)
-    capacity = min(config.replay.capacity, stored_steps(config.train.steps))
     with mock.patch.object(jax, "default_backend", return_value="gpu"):  # by which forms are chosen
         agent = make_agent(config, spec)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        replay = jax.eval_shape(lambda: replays.init(1, capacity, spec.image_shape, spec.num_actions))
+        steps = replay_steps(config, agent)
+        replay = jax.eval_shape(lambda: replays.init(1, steps, spec.image_shape, spec.num_actions))
         arguments = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
             (jax.eval_shape(agent.init, key), replay, key),
@@ -115,41 +118,59 @@ def compile_for_absent_gpu(config: Config) -> Any:
 
 
 def count(text: str) -> list[Launch]:
-    """Every instruction of a compiled GPU program that becomes a kernel."""
-    entry, computations = _computations(text)
-    launches: list[Launch] = []
+    """Every instruction of a compiled GPU program that becomes a kernel.
 
-    def walk(computation: str, times: int, loop: str) -> None:
+    Of a conditional the branch with most kernels counts.
+
+    Raises:
+      ValueError: the text is not such a program, or does not say how often a loop goes round.
+    """
+    entry, computations = _computations(text)
+
+    def walk(computation: str, times: int, loop: str) -> list[Launch]:
+        if computation not in computations:
+            raise ValueError(f"no computation {computation!r} in the compiled program")
+        launches: list[Launch] = []
         for line in computations[computation]:
             name, operation = _instruction(line)
             if operation == "while":
-                body = re.search(r"body=%?([\w.\-]+)", line)
                 rounds = re.search(r"known_trip_count\D*(\d+)", line)
-                assert body is not None
-                walk(body[1], times * (int(rounds[1]) if rounds else 1), name)
-            elif operation in _INSIDE:
-                inner = re.search(r"(?:to_apply|calls)=%?([\w.\-]+)", line)
-                if inner is not None:
-                    walk(inner[1], times, loop)
-            elif operation not in _NOTHING:
+                if rounds is None:
+                    raise ValueError(f"the compiled program does not say how often {name} goes round")
+                launches += walk(_called(line, "body")[0], times * int(rounds[1]), name)
+            elif operation == "conditional":
+                branches = _called(line, "branch_computations|true_computation|false_computation")
+                made = [walk(branch, times, loop) for branch in branches]
+                launches += max(made, key=lambda each: sum(launch.times for launch in each))
+            elif operation in ("call", "async-start"):
+                for inner in _called(line, "to_apply|calls"):
+                    launches += walk(inner, times, loop)
+            elif operation not in _NOTHING and not operation.endswith(("-done", "-update")):
                 launches.append(Launch(name, _kind(operation, line), times, loop))
+        return launches
 
-    walk(entry, 1, "")
-    return launches
+    return walk(entry, 1, "")
 
 
-_NOTHING = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all"}
-_NOTHING |= {"fusion-done", "async-done", "async-update", "copy-done"}
-_INSIDE = {"call", "async-start"}
+_NOTHING = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "opt-barrier", "domain"}
+_NOTHING |= {"after-all", "add-dependency", "partition-id", "replica-id"}
+
+
+def _called(line: str, attributes: str) -> list[str]:
+    """Names of the computations that an instruction calls by these attributes."""
+    found = re.findall(rf"\b(?:{attributes})=(?:{{([^}}]*)}}|%?([\w.\-]+))", line)
+    return [name.strip().lstrip("%") for several, one in found for name in (several or one).split(",")]
 
 
 def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
     """The name of the entry computation, and the instructions of each."""
-    entry, current, lines = "", "", collections.defaultdict[str, list[str]](list)
+    entry, current = "", ""
+    lines: dict[str, list[str]] = {}
     for line in text.splitlines():
         head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{\s*$", line)
         if head is not None:
             current = head[2]
+            lines[current] = []
             entry = current if head[1] else entry
         elif line.startswith("}"):
             current = ""
@@ -171,10 +192,10 @@ def _instruction(line: str) -> tuple[str, str]:
 
 
 def _kind(operation: str, line: str) -> str:
-    if operation == "custom-call":
-        target: Any = re.search(r'custom_call_target="([^"]*)"', line)
-        return f"call {target[1]}"
+    if operation.startswith("custom-call"):
+        found = re.search(r'custom_call_target="([^"]*)"', line)
+        return f"call {found[1]}" if found else operation
     if operation.startswith("fusion"):
-        kind: Any = re.search(r'"kind":"__(\w+)"', line) or re.search(r"kind=(\w+)", line)
-        return f"fusion {kind[1]}" if kind else operation
+        found = re.search(r'"kind":"__(\w+)"', line) or re.search(r"kind=(\w+)", line)
+        return f"fusion {found[1]}" if found else operation
     return operation

@@ -10,8 +10,18 @@ from twister_jax import config as configs
 from twister_jax.config import Config
 from twister_jax.errors import UserError
 
-DEFAULT_SECTIONS = ("peak", "update", "breakdown", "convolutions", "checkpoints", "acting", "loop")
-SECTIONS = (*DEFAULT_SECTIONS, "launches", "growth")
+SECTIONS = (
+    "peak",
+    "update",
+    "launches",
+    "breakdown",
+    "convolutions",
+    "checkpoints",
+    "acting",
+    "loop",
+    "growth",
+)
+DEFAULT_SECTIONS = tuple(name for name in SECTIONS if name not in ("launches", "growth"))
 PROGRAM = "python -m benchmarks"
 
 

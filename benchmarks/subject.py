@@ -42,10 +42,15 @@ def make_subject(config: Config, most_steps: int | None = None) -> Subject:
     spec = make_spec(config)
     agent = make_agent(config, spec)
     state = jax.jit(agent.init)(key_for(config.seed, Purpose.INIT))
+    return Subject(
+        config, spec, agent, state, synthetic_replay(spec, replay_steps(config, agent, most_steps))
+    )
+
+
+def replay_steps(config: Config, agent: Agent, most_steps: int | None = None) -> int:
+    """Capacity of the replay that the training loop would allocate, or `most_steps` if that is less."""
     capacity = min(config.replay.capacity, stored_steps(config.train.steps))
-    if most_steps is not None:
-        capacity = min(capacity, most_steps)
-    return Subject(config, spec, agent, state, synthetic_replay(spec, max(capacity, agent.min_replay_steps)))
+    return max(capacity if most_steps is None else min(capacity, most_steps), agent.min_replay_steps)
 
 
 def synthetic_replay(spec: EnvSpec, steps: int, seed: int = 0) -> Replay:

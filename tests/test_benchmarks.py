@@ -135,6 +135,10 @@ GPU_PROGRAM = """HloModule jit_update, entry_computation_layout={(f32[8]{0})->f3
   ROOT %copy.1 = f32[8]{0} copy(%x)
 }
 
+%nothing (x: f32[8]) -> f32[8] {
+  ROOT %x = f32[8]{0} parameter(0)
+}
+
 ENTRY %main (Arg_0: f32[8]) -> f32[8] {
   %Arg_0 = f32[8]{0} parameter(0)
   %constant.1 = s32[] constant(5)
@@ -142,14 +146,21 @@ ENTRY %main (Arg_0: f32[8]) -> f32[8] {
   %later-start = ((f32[8]{0}), f32[8]{0}) fusion-start(%Arg_0), kind=kLoop, calls=%fused_add
   %later-done = f32[8]{0} fusion-done(%later-start)
   %call.1 = f32[8]{0} call(%Arg_0), to_apply=%called
+  %either = f32[8]{0} conditional(%constant.1, %Arg_0, %Arg_0), branch_computations={%called, %nothing}
+  %sort-start = ((f32[8]{0}), f32[8]{0}) custom-call-start(%Arg_0), custom_call_target="cub_sort"
+  %sort-done = f32[8]{0} custom-call-done(%sort-start)
+  %here = u32[] partition-id()
   ROOT %last = f32[8]{0} fusion(%Arg_0), kind=kLoop, calls=%fused_add
 }
 """  # noqa: E501
 
 
 def test_kernels_are_counted_as_often_as_their_loops_go_round():
-    found = {each.name: (each.kind, each.times, each.loop) for each in launches.count(GPU_PROGRAM)}
+    counted = launches.count(GPU_PROGRAM)
+    found = {each.name: (each.kind, each.times, each.loop) for each in counted}
+    assert len(counted) == len(found) + 1  # what is called is called from two places
     assert found == {
+        "sort-start": ("call cub_sort", 1, ""),
         "product": ("call __cublas$lt$matmul", 5, "loop"),
         "more": ("fusion kInput", 5, "loop"),
         "softmax": ("fusion triton", 15, "inner"),
@@ -157,6 +168,19 @@ def test_kernels_are_counted_as_often_as_their_loops_go_round():
         "copy.1": ("copy", 1, ""),
         "last": ("fusion kLoop", 1, ""),
     }
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("HloModule of another format", "no computation ''"),
+        (GPU_PROGRAM.replace('"known_trip_count":{"n":"5"}', ""), "how often loop goes round"),
+        (GPU_PROGRAM.replace("%called (x", "%lost (x"), "no computation 'called'"),
+    ],
+)
+def test_what_cannot_be_counted_is_not_counted_as_nothing(program, message):
+    with pytest.raises(ValueError, match=message):
+        launches.count(program)
 
 
 def test_where_no_gpu_program_can_be_made_the_table_says_so(tmp_path, own_cache, monkeypatch):

@@ -30,21 +30,23 @@ def test_the_norm_is_that_of_all_leaves(gradients):
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_clips_and_steps_as_optax_does(scale):
-    config = OptimizerConfig(0.1, 1e-5, 2.0)
+    config = OptimizerConfig(0.1, 0.1, 2.0)
     params, gradients = tree(1), tree(2, scale)
-    reference = optax.chain(optax.clip_by_global_norm(2.0), optax.scale_by_adam(eps=1e-5), optax.scale(-0.1))
-    updates, _ = reference.update(gradients, reference.init(params), params)
-    new, _, norm = step(config, params, gradients)
+    reference = optax.chain(optax.clip_by_global_norm(2.0), optax.scale_by_adam(eps=0.1), optax.scale(-0.1))
+    updates, expected = reference.update(gradients, reference.init(params), params)
+    new, state, norm = step(config, params, gradients)
     chex.assert_trees_all_close(new, optax.apply_updates(params, updates), rtol=1e-5, atol=1e-6)
+    moments = [[each for each in parts if hasattr(each, "mu")] for parts in (state, expected)]
+    chex.assert_trees_all_close(*moments, rtol=1e-5)  # the step forgets a gradient's length, these do not
     np.testing.assert_allclose(norm, optax.tree.norm(gradients), rtol=1e-6)  # before clipping
 
 
 def test_weight_decay_is_added_to_the_clipped_gradient():
     """The order of PyTorch's Adam: clip, then L2 into the gradient, then the moments."""
     weight, gradient = jnp.array([2.0, -1.0]), jnp.array([30.0, 40.0])
-    new, *_ = step(OptimizerConfig(0.1, 1e-5, 1.0, 0.5), weight, gradient)
+    new, *_ = step(OptimizerConfig(0.1, 0.5, 1.0, 0.5), weight, gradient)
     total = np.array([0.6, 0.8]) + 0.5 * np.array([2.0, -1.0])
-    np.testing.assert_allclose(new - weight, -0.1 * total / (np.abs(total) + 1e-5), rtol=1e-5)
+    np.testing.assert_allclose(new, weight - 0.1 * total / (np.abs(total) + 0.5), rtol=1e-5)
 
 
 def test_a_zero_gradient_changes_nothing():

@@ -26,6 +26,7 @@ def global_norm(gradients: Params) -> Float[Array, ""]:
     """What `optax.tree.norm` computes; vectors, which are many and short, in one reduction."""
     leaves = jax.tree.leaves(gradients)
     vectors = [leaf for leaf in leaves if leaf.ndim <= 1]
+    # Scalars count as vectors.
     joined = [jnp.concatenate([vector.reshape(-1) for vector in vectors])] if vectors else []
     squares = [jnp.sum(x * x) for x in [*joined, *(leaf for leaf in leaves if leaf.ndim > 1)]]
     return jnp.sqrt(sum(squares))

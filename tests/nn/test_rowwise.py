@@ -80,14 +80,25 @@ def test_a_constant_row_has_finite_gradients():
     chex.assert_tree_all_finite((y, gradients))
 
 
+def test_without_a_gradient_the_variance_survives_a_large_mean():
+    norm, rng = make(64), np.random.default_rng(0)
+    x = rng.normal(3_000.0, 0.1, (4, 64)).astype(np.float32)
+    centred = x - x.astype(np.float64).mean(-1, keepdims=True)
+    unit = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + norm.epsilon)
+    exact = jax.nn.silu(jnp.asarray(unit * norm.scale[...] + norm.bias[...], jnp.float32))
+    np.testing.assert_allclose(in_one(norm, jnp.asarray(x)), exact, atol=0.01)
+
+
 @pytest.mark.parametrize("function", [in_one, plain])
 def test_bfloat16_is_computed_in_float32_inside(function):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(2.0, 1.0, (5, 64)), jnp.bfloat16)
     weight = jnp.asarray(rng.normal(size=(5, 64)), jnp.float32)
     y, gradients = value_and_gradients(function, make(64, dtype=jnp.bfloat16), x, weight)
+    without_gradient = function(make(64, dtype=jnp.bfloat16), x)
     exact, exact_gradients = value_and_gradients(plain, make(64), x.astype(jnp.float32), weight)
-    assert y.dtype == jnp.bfloat16
-    np.testing.assert_allclose(y.astype(jnp.float32), exact, rtol=2e-2, atol=1e-2)
+    for got in (y, without_gradient):
+        assert got.dtype == jnp.bfloat16
+        np.testing.assert_allclose(got.astype(jnp.float32), exact, rtol=2e-2, atol=1e-2)
     assert gradients[1].dtype == jnp.bfloat16
     np.testing.assert_allclose(gradients[1].astype(jnp.float32), exact_gradients[1], rtol=3e-2, atol=3e-2)

@@ -407,15 +407,32 @@ def test_none_usable_is_an_error_and_nothing_is_moved(two, tmp_path, caplog):
     assert files(run.directory) == before
 
 
-def test_a_newer_format_is_refused_and_left_alone(two, tmp_path):
+@pytest.mark.parametrize(
+    ("version", "checked", "message"),
+    [
+        (checkpoint.FORMAT + 1, [checkpoint.FORMAT + 1, {"all": "new"}], r"a newer twister_jax .*: upgrade"),
+        (1, {"all": "new"}, r"an older twister_jax .*format 1, .*: go on with it, or .*LOGDIR"),
+    ],
+)
+def test_another_format_is_refused_and_left_alone(version, checked, message, two, tmp_path):
     run = copy_of(two, tmp_path / "c")
     path = run.directory / "000000006-0" / "manifest.json"
-    content = {"all": "new"}
-    crc32 = zlib.crc32(json.dumps(content, sort_keys=True).encode())
-    path.write_text(json.dumps({"content": content, "crc32": crc32, "format": checkpoint.FORMAT + 1}))
-    with pytest.raises(UserError, match=r"newer twister_jax .*upgrade"):
+    whole = {"content": {"all": "new"}, "format": version}
+    whole["crc32"] = zlib.crc32(json.dumps(checked, sort_keys=True).encode())
+    path.write_text(json.dumps(whole))
+    with pytest.raises(UserError, match=message):
         run.restore()
-    path.write_text(json.dumps({"content": content, "crc32": crc32 + 1, "format": checkpoint.FORMAT + 1}))
+    assert json.loads(path.read_text()) == whole
+    path.write_text(json.dumps(whole | {"crc32": whole["crc32"] + 1}))  # damaged, then
+    assert run.restore() == 3
+
+
+@pytest.mark.parametrize("version", [checkpoint.FORMAT + 4, 1, 0, str(checkpoint.FORMAT), None])
+def test_a_damaged_format_is_damage_and_no_other_program(version, two, tmp_path):
+    run = copy_of(two, tmp_path / "c")
+    path = run.directory / "000000006-0" / "manifest.json"
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps(whole | {"format": version}, sort_keys=True, indent=1) + "\n")
     assert run.restore() == 3
 
 

@@ -67,7 +67,7 @@ def test_memory_gives_what_the_whole_sequence_gives(networks, params, sequence, 
     dynamics = networks.merge("dynamics", params["dynamics"])
     episode = jnp.pad(jnp.cumsum(sequence["last"], axis=1), ((0, 0), (1, 0)))
     memory = dynamics.empty_memory(BATCH, STEPS)
-    position_keys = dynamics.position_keys(3 * STEPS - 1)
+    position_keys = dynamics.position_keys(memory.keys[0].shape[2])
     latent, action, reward = sequence["latent"], sequence["action"], sequence["reward"]
 
     @jax.jit

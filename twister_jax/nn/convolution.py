@@ -278,7 +278,7 @@ def _through(then, z, params, kept, dy):
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _dense_conv(x, kernel, params, stride, padding, then):
-    return _dense_conv_forward(x, kernel, params, stride, padding, then)[0]
+    return then.value(_values(x, kernel, stride, padding), params)
 
 
 def _dense_conv_forward(x, kernel, params, stride, padding, then):
@@ -307,14 +307,19 @@ _dense_conv.defvjp(_dense_conv_forward, _dense_conv_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _dense_transpose(x, kernel, params, stride, padding, then):
-    return _dense_transpose_forward(x, kernel, params, stride, padding, then)[0]
+    return then.value(_transposed_values(x, kernel, stride, padding), params)
 
 
-def _dense_transpose_forward(x, kernel, params, stride, padding, then):
+def _transposed_values(x, kernel, stride, padding):
+    """Large image from a small one."""
     size = [
         _transpose_size(n, k, stride, padding) for n, k in zip(x.shape[1:3], kernel.shape[:2], strict=True)
     ]
-    z = _input_gradient(x, kernel.swapaxes(2, 3), size, stride, padding)
+    return _input_gradient(x, kernel.swapaxes(2, 3), size, stride, padding)
+
+
+def _dense_transpose_forward(x, kernel, params, stride, padding, then):
+    z = _transposed_values(x, kernel, stride, padding)
     y, kept = then.forward(z, params)
     return y, (x, kernel, params, z, kept)
 

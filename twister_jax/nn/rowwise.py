@@ -87,8 +87,8 @@ def norm_silu(norm: nnx.LayerNorm) -> Rowwise:
     """silu(norm(x)), inside in float32, without keeping anything of x's size but x for the gradient.
 
     Left to itself, XLA's CPU backend writes out what enters and leaves every sum over features; where these
-    are few, one sum of two things keeps both ways single passes over memory. Where no gradient is wanted, the
-    variance is that of `layers.layer_norm`.
+    are few, one sum of two things keeps both ways single passes over memory. The variance is then a
+    difference of means; where no gradient is wanted, it is that of `layers.layer_norm`.
     """
     assert norm.scale is not None
     assert norm.bias is not None

@@ -80,11 +80,11 @@ def place_scores(
 ) -> Float[Array, "sequence head slot"]:
     """The part of a step's scores that depends on distances: the same keys for all sequences.
 
-    A product of matrices, on accelerators written as a sum: a kernel of its own would cost more there than
-    its arithmetic, and the sum is made by the kernel that adds it to the other part. `form` is for tests.
+    A product of matrices, on a GPU written as a sum: a kernel of its own would cost more there than its
+    arithmetic, and the sum is made by the kernel that adds it to the other part. `form` is for tests.
     """
     if form is None:
-        form = "product" if jax.default_backend() == "cpu" else "sum"
+        form = "sum" if jax.default_backend() == "gpu" else "product"
     if form == "product":
         return _float32_einsum("nhd,hsd->nhs", place, by_slot)
     return jnp.sum(place.astype(jnp.float32)[:, :, None] * by_slot.astype(jnp.float32), axis=-1)

@@ -40,8 +40,8 @@ import orbax.checkpoint as ocp
 from twister_jax.errors import UserError
 from twister_jax.replay import Replay
 
-FORMAT = 1
-"""Version of the layout above; raise it when an older reader would misread a newer checkpoint."""
+FORMAT = 2
+"""Version of the layout above and of what agents keep in their state; raise it when either changes."""
 
 _NAME = re.compile(r"(\d{9,})-(\d+)")
 _FIELDS = ("frames", "action", "reward", "terminal", "is_first")
@@ -190,7 +190,7 @@ class Checkpointer:
 
         Raises:
           UserError: there are checkpoints but none is usable, or they belong to another model, another
-            replay, or a newer program.
+            replay, or an older or newer program.
         """
         self._remove_temporaries()
         bad: list[Path] = []
@@ -495,10 +495,14 @@ def _write_checkpoint(path: Path, draft: _Draft) -> None:
 
 
 def _render(content: dict[str, Any]) -> str:
-    """manifest.json: the content, and a checksum of it."""
-    text = json.dumps(content, sort_keys=True)
-    whole = {"format": FORMAT, "crc32": zlib.crc32(text.encode()), "content": content}
+    """manifest.json: the format, the content, and a checksum of both."""
+    whole = {"format": FORMAT, "crc32": _checksum(FORMAT, content), "content": content}
     return json.dumps(whole, sort_keys=True, indent=1) + "\n"
+
+
+def _checksum(version: int, content: Any) -> int:
+    """Format 1 had one of the content alone."""
+    return zlib.crc32(json.dumps(content if version == 1 else [version, content], sort_keys=True).encode())
 
 
 def _read_manifest(path: Path) -> _Manifest:
@@ -506,17 +510,20 @@ def _read_manifest(path: Path) -> _Manifest:
 
     Raises:
       _UnusableError: it is missing, damaged or not ours.
-      UserError: a newer program wrote it; stepping over it would throw that program's work away.
+      UserError: an older or newer program wrote it; stepping over it would throw that program's work away.
     """
     try:
         text = (path / "manifest.json").read_text(encoding="utf-8")
         whole = json.loads(text)
         content = whole["content"]
-        checksum = zlib.crc32(json.dumps(content, sort_keys=True).encode())
-        if checksum == whole["crc32"] and whole["format"] > FORMAT:
+        version = whole["format"]
+        if version != FORMAT and _checksum(version, content) == whole["crc32"]:
+            age, fix = (
+                ("a newer", "upgrade twister_jax") if version > FORMAT else ("an older", "go on with it")
+            )
             raise UserError(
-                f"{path} was written by a newer twister_jax (checkpoint format {whole['format']}, this one "
-                f"reads {FORMAT}): upgrade twister_jax, or name another LOGDIR"
+                f"{path} was written by {age} twister_jax (checkpoint format {version}, this one reads "
+                f"{FORMAT}): {fix}, or name another LOGDIR"
             )
         if text != _render(content):
             raise _UnusableError("manifest.json is damaged")

@@ -128,11 +128,8 @@ def _dynamics(config: TwisterModelConfig) -> Iterator[Rule]:
         attention = f"{name}.self_att_module.attention"
         yield Rule(f"{attention}.u", (*path, "u"), _same, _same)
         yield Rule(f"{attention}.v", (*path, "v"), _same, _same)
-        for theirs, ours in [
-            ("output_layer", "output"),
-            ("pos_layer", "position"),
-        ]:
-            yield from _linear(f"{attention}.{theirs}", (*path, ours))
+        yield from _linear(f"{attention}.output_layer", (*path, "output"))
+        yield from _linear(f"{attention}.pos_layer", (*path, "position"))
         yield from _linear(f"{name}.ff_module.layers.0", (*path, "expand"))
         yield from _linear(f"{name}.ff_module.layers.3", (*path, "contract"))
         yield from _norm(f"{name}.ff_module.post_norm", (*path, "feedforward_norm"))
@@ -140,7 +137,7 @@ def _dynamics(config: TwisterModelConfig) -> Iterator[Rule]:
 
 
 def world_model_rules(config: TwisterModelConfig) -> list[Rule]:
-    """Every published world-model array that maps onto one of ours.
+    """Every published world-model array that one of ours is, alone.
 
     The others are joined: queries, keys and values of an attention, and the contrastive heads.
     """

@@ -27,6 +27,7 @@ from twister_jax.twm.networks import Mlp
 
 TOKENS_PER_STEP = 3
 _ACTION = 1  # place of the action token in a step
+_MULTIPLE = 8  # of tokens: matrices of other sizes are padded on NVIDIA hardware
 
 
 class Dropout:
@@ -289,12 +290,12 @@ class Dynamics(nnx.Module):
         return tuple(block.split(block.position(encodings)) for block in self.blocks)
 
     def empty_memory(self, sequences: int, steps: int) -> Memory:
-        """Room for `steps` steps.
+        """Room for `steps` steps, the last without its reward, rounded up to what GPUs multiply by.
 
-        Nothing sees the last one's reward; without it XLA would pad the memory in every layer on a GPU, to an
-        even number of tokens.
+        Nothing sees what is there beyond the steps; left out, XLA would add it to every layer in every step.
         """
-        shape = (sequences, self.config.attention_heads, TOKENS_PER_STEP * steps, self.config.head_size)
+        tokens = _MULTIPLE * math.ceil((TOKENS_PER_STEP * steps - 1) / _MULTIPLE)
+        shape = (sequences, self.config.attention_heads, tokens, self.config.head_size)
         empty = tuple(jnp.zeros(shape, self.dtype) for _ in self.blocks)
         return Memory(empty, empty)
 
