@@ -46,20 +46,23 @@ class Clock:
         self.sample()
         self.calls = min(100, max(1, math.ceil(fill / max(self.samples.pop(), 1e-9))))
 
-    def sample(self) -> float:
-        """Takes one sample: seconds per call."""
+    def sample(self, span: int = 1) -> float:
+        """Takes one sample, `span` times as long as usual: seconds per call."""
         started = time.perf_counter()
-        carry = self.carry
-        for _ in range(self.calls):
-            carry = self.step(carry)
-        self.carry = jax.block_until_ready(carry)
-        self.samples.append((time.perf_counter() - started) / self.calls)
+        for _ in range(span):
+            carry = self.carry
+            for _ in range(self.calls):
+                carry = self.step(carry)
+            self.carry = jax.block_until_ready(carry)
+        self.samples.append((time.perf_counter() - started) / (span * self.calls))
         return self.samples[-1]
 
-    def take(self, repeats: int, budget: float, beside: "Clock | None" = None) -> Times:
+    def take(self, repeats: int, budget: float, beside: "Clock | None" = None, beside_span: int = 1) -> Times:
         """Takes `repeats` samples, or at least three when they would take more than `budget` seconds.
 
         Each follows a sample of the clock `beside`, which forgets its earlier ones: both see one machine.
+        Give that a span that makes its samples about as long as these: a machine is slow in bursts, which
+        fall on many short samples seldom and on every long one, and medians would compare the two.
         """
         started = time.perf_counter()
         if beside is not None:
@@ -68,7 +71,7 @@ class Clock:
             if done >= 3 and time.perf_counter() - started > budget:
                 break
             if beside is not None:
-                beside.sample()
+                beside.sample(beside_span)
             self.sample()
         return self.times
 

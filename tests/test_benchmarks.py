@@ -280,6 +280,14 @@ def test_a_clock_threads_its_carry():
     assert 0 < times.low <= times.median <= times.high
 
 
+def test_a_clock_beside_another_takes_a_sample_of_its_span_before_each():
+    clock, beside = (Clock(lambda x: x + 1, jnp.zeros(()), fill=0.0) for _ in range(2))
+    clock.take(repeats=3, budget=60, beside=beside, beside_span=5)
+    assert len(clock.samples) == len(beside.samples) == 3
+    assert float(clock.carry) == 2 + 3 * clock.calls
+    assert float(beside.carry) == 2 + 3 * 5 * beside.calls
+
+
 def test_rows_are_told_in_readable_units():
     text = Row("update", "one update", 0.01234, "s", 0.012, 0.0131, 5, "a note").text()
     assert text.split() == ["update", "one", "update", "12.34", "12.00", "13.10", "ms", "a", "note"]
