@@ -101,11 +101,13 @@ def _start(bench: "Bench", case: _Case) -> tuple[Program, Clock, int]:
 def _measure(bench: "Bench", case: _Case, beside: Clock | None) -> Times:
     report, options = bench.report, bench.options
     program, clock, tokens = _start(bench, case)
-    times = clock.take(options.repeats, options.budget, beside, beside_span=case.seeds)
+    # As many updates of one as these are of all seeds: their samples then take about as long.
+    span = 1 if beside is None else max(1, round(case.seeds * clock.calls / beside.calls))
+    times = clock.take(options.repeats, options.budget, beside, beside_span=span)
     report.time(SECTION, case.name, times, f"compiled, or found in the cache, in {program.seconds:.3g} s")
     report.rate(SECTION, f"{case.name}, tokens", tokens, times, "tokens/s")
     if beside is not None:
-        how = f"means of {case.seeds} updates of one, before each of these"
+        how = f"means of {span * beside.calls} updates of one, before each of these"
         report.time(SECTION, f"{case.name}, one seed", beside.times, how)
         ratio = times.median / beside.times.median
         report.add(SECTION, f"{case.name}, times one seed", ratio, "", "of the medians")

@@ -47,7 +47,7 @@ class Clock:
         self.calls = min(100, max(1, math.ceil(fill / max(self.samples.pop(), 1e-9))))
 
     def sample(self, span: int = 1) -> float:
-        """Takes one sample, `span` times as long as usual: seconds per call."""
+        """Takes one sample, `span` times as long as usual, with `span` waits: seconds per call."""
         started = time.perf_counter()
         for _ in range(span):
             carry = self.carry
@@ -61,8 +61,8 @@ class Clock:
         """Takes `repeats` samples, or at least three when they would take more than `budget` seconds.
 
         Each follows a sample of the clock `beside`, which forgets its earlier ones: both see one machine.
-        Give that a span that makes its samples about as long as these: a machine is slow in bursts, which
-        fall on many short samples seldom and on every long one, and medians would compare the two.
+        Give that a span that makes its samples about as long as these: bursts of slowness hit few of many
+        short samples but most long ones, so that medians of unequal samples differ.
         """
         started = time.perf_counter()
         if beside is not None:

@@ -280,12 +280,24 @@ def test_a_clock_threads_its_carry():
     assert 0 < times.low <= times.median <= times.high
 
 
-def test_a_clock_beside_another_takes_a_sample_of_its_span_before_each():
-    clock, beside = (Clock(lambda x: x + 1, jnp.zeros(()), fill=0.0) for _ in range(2))
-    clock.take(repeats=3, budget=60, beside=beside, beside_span=5)
-    assert len(clock.samples) == len(beside.samples) == 3
-    assert float(clock.carry) == 2 + 3 * clock.calls
-    assert float(beside.carry) == 2 + 3 * 5 * beside.calls
+def test_a_clock_beside_another_takes_a_sample_of_its_span_before_each(monkeypatch):
+    now, calls = 0.0, ""
+    monkeypatch.setattr("benchmarks.timing.time.perf_counter", lambda: now)
+
+    def step_of(name, seconds):
+        def step(carry):
+            nonlocal now, calls
+            now, calls = now + seconds, calls + name
+            return carry
+
+        return step
+
+    clock, beside = Clock(step_of("a", 1.0), None, fill=2.0), Clock(step_of("b", 0.5), None, fill=1.5)
+    calls = ""
+    times = clock.take(repeats=3, budget=60, beside=beside, beside_span=5)
+    assert calls == ("b" * 3 * 5 + "a" * 2) * 3
+    assert times.samples == (1.0, 1.0, 1.0)
+    assert beside.times.samples == (0.5, 0.5, 0.5)
 
 
 def test_rows_are_told_in_readable_units():
