@@ -9,9 +9,12 @@ SEED ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# With an NVIDIA driver, JAX is installed with its CUDA libraries.
-EXTRAS ?= $(if $(wildcard /proc/driver/nvidia/version),dev$(COMMA)cuda,dev)
+# With an NVIDIA driver, JAX is installed with its CUDA libraries: CUDA 13 from driver 580 on, 12 before.
+DRIVER := $(shell sed -n 's/.*Kernel Module[^0-9]*\([0-9]*\).*/\1/p' /proc/driver/nvidia/version 2>/dev/null)
+EXTRAS ?= dev$(if $(DRIVER),$(COMMA)$(shell test $(DRIVER) -ge 580 && echo cuda || echo cuda12))
 COMMA := ,
+# What is typed reaches the program through the environment, so that quotes, spaces and $$ are just characters.
+export GAME AGENT PRESET SEED STEPS LOGDIR FILE
 PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3.13 python3 python,\
 	$(shell $(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
 
@@ -34,14 +37,14 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 train: $(STAMP) ## train, or go on with the run in LOGDIR
-	@$(BIN)/python -m twister_jax train --game '$(GAME)' --agent '$(AGENT)' --preset '$(PRESET)' --seed '$(SEED)' \
-		$(if $(STEPS),--train.steps '$(STEPS)') $(if $(LOGDIR),--logdir '$(LOGDIR)') $(ARGS)
+	@$(BIN)/python -m twister_jax train --game "$$GAME" --agent "$$AGENT" --preset "$$PRESET" --seed "$$SEED" \
+		$${STEPS:+--train.steps "$$STEPS"} $${LOGDIR:+--logdir "$$LOGDIR"} $(ARGS)
 
 evaluate: $(STAMP) ## full games with the newest checkpoint of LOGDIR
-	@$(BIN)/python -m twister_jax evaluate --logdir '$(LOGDIR)' $(ARGS)
+	@$(BIN)/python -m twister_jax evaluate --logdir "$$LOGDIR" $(ARGS)
 
 parity: $(STAMP) ## recompute FILE=fixture.npz and compare
-	@$(BIN)/python -m twister_jax parity '$(FILE)'
+	@$(BIN)/python -m twister_jax parity "$$FILE"
 
 doctor: $(STAMP) ## check that this machine can run it all
 	@$(BIN)/python -m twister_jax doctor
@@ -61,11 +64,12 @@ test-learning: $(STAMP) ## both agents learn Catch, in float32 and bfloat16
 test-faults: $(STAMP) ## the long campaign: kills, damaged files, full disks
 	@$(BIN)/python -m pytest -m faults $(ARGS)
 
-lint: $(STAMP) ## style
+lint: $(STAMP) ## style, and that imports point downwards
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports
 
-format: $(STAMP) ## put the style right
+format: $(STAMP) ## fix the style
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 

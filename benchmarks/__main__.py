@@ -7,12 +7,14 @@ reported and the others go on, exit code 1.
 import dataclasses
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
 from benchmarks import options as command_line
 from benchmarks.options import Options
-from twister_jax import config as configs
+from twister_jax import presets
+from twister_jax.config import Config
 from twister_jax.errors import UserError
 
 
@@ -20,40 +22,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measures what the flags ask for; returns the exit code."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
-        options = command_line.parse(sys.argv[1:] if arguments is None else arguments)
-        config = command_line.make_config(options)
-        return measure(options, config)
+        try:
+            options = command_line.parse(sys.argv[1:] if arguments is None else arguments)
+            code = measure(options, command_line.make_config(options))
+        except SystemExit as done:  # --help
+            code = int(done.code or 0)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"benchmarks: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except OSError as error:  # of the standard output: sections' own are caught below
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at exit fails again
+        if isinstance(error, BrokenPipeError):
+            return 141  # as shells have it: 128 + SIGPIPE
+        print(f"benchmarks: the table cannot be written: {error}", file=sys.stderr)
+        return 1
 
 
-def measure(options: Options, config: configs.Config) -> int:
-    """Section by section, in the order of `SECTIONS`; the profile follows the update."""
-    from twister_jax.__main__ import start_jax
+def measure(options: Options, config: Config) -> int:
+    """Section by section, in the order of `SECTIONS`."""
+    from twister_jax import runtime
 
-    start_jax()
-    import jax
+    runtime.start_jax()
 
     from benchmarks import machine
     from benchmarks.bench import Bench
     from benchmarks.report import Report
 
-    config = configs.complete(config, jax.default_backend())
-    settings = {**dataclasses.asdict(options), "config": configs.to_dict(config)}
+    config = presets.complete(config)
+    settings = {**dataclasses.asdict(options), "config": config.to_dict()}
     described = machine.describe(config.precision)
     report = Report(described, settings, options.json)
     print(machine.line(described))
-    print(f"{config.agent}, preset {config.preset}; {configs.differences_from_paper(config)}")
+    print(f"{config.agent}, preset {config.preset}; {presets.differences_from_paper(config)}")
     report.head()
 
     bench = Bench(options, config, report)
-    sections = [name for name in command_line.SECTIONS if name in options.sections]
-    if options.profile is not None:
-        sections.insert(sections.index("update") + 1 if "update" in sections else 0, "profiling")
-    for name in sections:
+    for name in command_line.SECTIONS:
+        if name not in options.sections:
+            continue
         if bench.out_of_time:
             report.fail(name, "--minutes are over")
         else:

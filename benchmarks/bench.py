@@ -1,17 +1,15 @@
 """What the sections share: options, report, the subject, the yardstick, and the time that is left."""
 
-import importlib
 import time
-from types import ModuleType
 from typing import Any
 
 from benchmarks.options import Options
-from benchmarks.peak import Yardstick
 from benchmarks.report import Report
 from benchmarks.subject import Subject, make_subject, update_keys
-from benchmarks.timing import Clock, Program, Times, compile_program
-from twister_jax.agent import compute_dtype
-from twister_jax.config import BASES, Config
+from benchmarks.timing import Clock, Program, Times, Yardstick, compile_program
+from twister_jax import agents
+from twister_jax.config import Config
+from twister_jax.runtime import compute_dtype
 
 
 class Bench:
@@ -19,7 +17,6 @@ class Bench:
 
     def __init__(self, options: Options, config: Config, report: Report):
         self.options, self.config, self.report = options, config, report
-        self.pieces: ModuleType = importlib.import_module(f"benchmarks.pieces_{config.agent}")
         self._started = time.monotonic()
         self._subject: Subject | None = None
         self._yardstick: Yardstick | None = None
@@ -42,8 +39,9 @@ class Bench:
     @property
     def published_operations(self) -> float | None:
         """The published count of an update, which holds at the paper's setting alone."""
-        paper = BASES[self.config.agent, "paper"].algorithm
-        return self.pieces.PUBLISHED_FLOPS if self.config.algorithm == paper else None
+        package = agents.package(self.config.agent)
+        at_paper = self.config.algorithm == package.presets["paper"].algorithm
+        return package.published_flops if at_paper else None
 
     def compile_update(self) -> Program:
         """The update of the subject, compiled once."""
@@ -84,11 +82,13 @@ class Bench:
         """Seconds that one sample lasts at least."""
         return 0.0 if self.options.quick else 0.1
 
+    def take(self, clock: Clock) -> Times:
+        """As many samples as the options ask for."""
+        return clock.take(self.options.repeats, self.options.budget)
+
     def measure(self, program: Program, *args: Any) -> Times:
         """Times a program that donates nothing."""
-        return Clock(lambda _: program.call(*args), None, self.fill).take(
-            self.options.repeats, self.options.budget
-        )
+        return self.take(Clock(lambda _: program.call(*args), None, self.fill))
 
     @property
     def out_of_time(self) -> bool:

@@ -4,17 +4,14 @@ import dataclasses
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from benchmarks.bench import Bench
 from twister_jax.training.checkpoint import Checkpointer, Snapshot
-
-if TYPE_CHECKING:
-    from benchmarks.bench import Bench
 
 SECTION = "checkpoints"
 
 
-def run(bench: "Bench") -> None:
+def run(bench: Bench) -> None:
     """The first checkpoint of a full replay, and the next one `train.checkpoint_every` steps later."""
     subject, every = bench.subject, bench.config.train.checkpoint_every
     replay, written = subject.replay, 0

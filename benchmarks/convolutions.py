@@ -1,68 +1,109 @@
-"""Every convolution of the agent, formulated as a library call and as a dense product."""
+"""Every convolution of the agent, as a library call and as the dense products written out for a CPU."""
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
-from benchmarks.pieces import Convolution
-from benchmarks.timing import compile_program
-from twister_jax.agent import compute_dtype
-from twister_jax.agents import in_precision
-from twister_jax.nn.convolution import Form, conv2d, conv2d_transpose
-
-if TYPE_CHECKING:
-    from benchmarks.bench import Bench
+from benchmarks.bench import Bench
+from benchmarks.operations import inner_programs
+from benchmarks.subject import make_shapes
+from benchmarks.timing import Program, compile_program
+from twister_jax.config import Config
+from twister_jax.nn.kernels import conv2d, conv2d_transpose
+from twister_jax.runtime import compute_dtype, in_precision, tracing_for
 
 SECTION = "convolutions"
-FORMS: tuple[Form, ...] = ("plain", "dense")
+FORMS = {"plain": "gpu", "dense": "cpu"}
+"""Formulation -> a kind of device that has it."""
 
 
-def run(bench: "Bench") -> None:
-    """Forward, and forward with both gradients; the agents use one form everywhere, by the backend."""
-    dtype, yardstick = compute_dtype(bench.config.precision), bench.yardstick
-    for layer in bench.pieces.convolutions(bench.subject):
-        for form in FORMS:
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """A layer: image (height, width, channels), kernel (height, width, in, out)."""
+
+    transposed: bool
+    image: tuple[int, int, int]
+    kernel: tuple[int, int, int, int]
+    stride: int
+    padding: int
+
+    def __str__(self) -> str:
+        size = "x".join(map(str, self.image))
+        return f"{size} {'up to' if self.transposed else 'to'} {self.kernel[-1]}"
+
+
+def run(bench: Bench) -> None:
+    """Forward, and forward with both gradients; the agents use one form everywhere, by the device."""
+    images, yardstick = bench.subject.agent.tokens_per_update, bench.yardstick
+    found = layers(bench.config)
+    if not found:
+        bench.report.add(SECTION, "convolutions", None, "", "the agent has none")
+    for layer in found:
+        for form, kind in FORMS.items():
             if bench.out_of_time:
-                bench.report.fail(SECTION, f"--minutes are over at {layer.name}")
+                bench.report.fail(SECTION, f"--minutes are over at {layer}")
                 return
-            for what, function, args in _functions(layer, form, dtype):
-                program = compile_program(in_precision(function, bench.config.precision), *args)
+            for what, useful, program, args in _programs(layer, images, kind, bench.config.precision):
                 times = bench.measure(program, *args)
                 yardstick.clock.sample()
-                useful = _operations(layer) * (1 if what == "forward" else 3)
-                height, width, a, b = layer.kernel
-                note = f"{height}x{width}, {a} to {b}, {useful / (times.median * yardstick.rate):.0%} of peak"
-                bench.report.time(SECTION, f"{layer.name}, {form}, {what}", times, note)
+                height, width, *_ = layer.kernel
+                note = f"{height}x{width}, stride {layer.stride}, {images} images, "
+                note += f"{useful / (times.median * yardstick.rate):.0%} of peak"
+                bench.report.time(SECTION, f"{layer}, {form}, {what}", times, note)
 
 
-def _functions(layer: Convolution, form: Form, dtype: Any) -> list[tuple[str, Callable[..., Any], tuple]]:
+def layers(config: Config) -> list[Convolution]:
+    """The different convolutions of the agent's forward passes, all of which its pictures need."""
+    with tracing_for("gpu"):  # there each is one operation
+        subject = make_shapes(config)
+        arguments = subject.state, subject.replay, jax.random.key(0)
+        traced = jax.make_jaxpr(lambda *args: subject.agent.report(*args))(*arguments)
+    return list(dict.fromkeys(_layers(traced)))
+
+
+def _layers(jaxpr: Any) -> Iterator[Convolution]:
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        if equation.primitive.name == "conv_general_dilated":
+            image, kernel = (each.aval.shape for each in equation.invars)
+            stride, dilation, pads = (
+                equation.params[name][0] for name in ("window_strides", "lhs_dilation", "padding")
+            )
+            if dilation > 1:
+                yield Convolution(True, image[1:], kernel, dilation, kernel[0] - 1 - pads[0])
+            else:
+                yield Convolution(False, image[1:], kernel, stride, pads[0])
+        for inner in inner_programs(equation.params):
+            yield from _layers(inner)
+
+
+def _programs(
+    layer: Convolution, images: int, kind: str, precision: str
+) -> Iterator[tuple[str, float, Program, tuple[Any, ...]]]:
+    """What is timed: its name, operations, program and arguments."""
     operator = partial(
-        conv2d_transpose if layer.transposed else conv2d, stride=2, padding=layer.padding, form=form
+        conv2d_transpose if layer.transposed else conv2d, stride=layer.stride, padding=layer.padding
     )
-    key_image, key_kernel, key_output = jax.random.split(jax.random.key(0), 3)
-    image = jax.random.normal(key_image, layer.image, dtype)
-    kernel = jax.random.normal(key_kernel, layer.kernel, dtype)
-    shape = jax.eval_shape(operator, image, kernel).shape
-    cotangent = jax.random.normal(key_output, shape, dtype)
+    dtype, keys = compute_dtype(precision), jax.random.split(jax.random.key(0), 3)
+    image = jax.random.normal(keys[0], (images, *layer.image), dtype)
+    kernel = jax.random.normal(keys[1], layer.kernel, dtype)
+    cotangent = jax.random.normal(keys[2], jax.eval_shape(operator, image, kernel).shape, dtype)
 
     def both(image, kernel, cotangent):
         value, pull = jax.vjp(operator, image, kernel)
         return value, pull(cotangent)
 
-    return [
-        ("forward", operator, (image, kernel)),
-        ("forward+backward", both, (image, kernel, cotangent)),
-    ]
-
-
-def _operations(layer: Convolution) -> float:
-    """Of one product: every pixel of the small image meets the whole kernel."""
-    batch, height, width, _ = layer.image
-    kernel = math.prod(layer.kernel)
-    if layer.transposed:
-        return 2.0 * batch * height * width * kernel
-    size = (height + 2 * layer.padding - layer.kernel[0]) // 2 + 1
-    return 2.0 * batch * size * size * kernel
+    # Every pixel of the small image meets the whole kernel.
+    small = image if layer.transposed else cotangent
+    useful = 2.0 * math.prod(small.shape[:3]) * math.prod(layer.kernel)
+    for name, function, products, args in (
+        ("forward", lambda image, kernel: operator(image, kernel), 1, (image, kernel)),
+        ("forward+backward", both, 3, (image, kernel, cotangent)),
+    ):
+        exact = in_precision(function, precision)  # as the device here needs it, whatever is traced for
+        with tracing_for(kind):
+            program = compile_program(exact, *args)
+        yield name, products * useful, program, args

@@ -3,23 +3,22 @@
 #
 #   benchmarks/gpu.sh
 #
-# First bfloat16 with a profile, then float32, then a real paper run on Pong for the minutes that are left.
+# First bfloat16 with a profile, then float32, then a real run for the minutes that are left.
 # Results go to $OUT (default benchmarks/out), one flat folder, and are rewritten after every section, so that
 # what is cut off costs only itself: a JSON file for each part, all tables, the trace, and the run's metrics.
 # The exit code is 1 if a measurement failed, was cut off or found no time left.
 #   PYTHON   the Python that has JAX (default .venv/bin/python, else python3)
 #   WHEELS   a folder of wheels of what that Python lacks; installed into a folder of their own first
-#   AGENT    twister or twm
+#   AGENT, GAME  in place of the defaults
 #   XLA_FLAGS  what XLA is told; it stands in every table, so two calls compare two settings
 #   PRESET   for trying the script out: PRESET=debug QUICK=--quick MINUTES=2 benchmarks/gpu.sh
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
 MINUTES=${MINUTES:-9}
-AGENT=${AGENT:-twister}
-PRESET=${PRESET:-paper}
 QUICK=${QUICK:-}
 OUT=${OUT:-benchmarks/out}
+what=(--preset "${PRESET:-paper}" ${AGENT:+--agent "$AGENT"} ${GAME:+--game "$GAME"})
 if [ -z "${PYTHON:-}" ]; then
   PYTHON=python3
   [ -x .venv/bin/python ] && PYTHON=.venv/bin/python
@@ -49,7 +48,7 @@ bench() {
   [ "$seconds" -lt 15 ] && { echo "== $name: no time left"; status=1; return; }
   echo "== $name, at most $seconds s"
   # shellcheck disable=SC2086
-  timeout --kill-after=10 "$seconds" "$PYTHON" -m benchmarks --agent "$AGENT" --preset "$PRESET" $QUICK \
+  timeout --kill-after=10 "$seconds" "$PYTHON" -m benchmarks "${what[@]}" $QUICK \
     --minutes "$(awk "BEGIN { print $seconds * 0.8 / 60 }")" --budget 10 --json "$OUT/$name.json" "$@" 2>&1 |
     tee -a "$OUT/tables.txt" || status=1
 }
@@ -65,10 +64,10 @@ bench convolutions "$(share 8)" --precision bfloat16 --only convolutions
 
 seconds=$(($(left) - 15))
 if [ "$seconds" -gt 20 ]; then
-  echo "== a real run on Pong for $seconds s"
-  timeout --signal=TERM --kill-after=10 "$seconds" "$PYTHON" -m twister_jax train --agent "$AGENT" --game Pong \
-    --preset "$PRESET" --logdir "$scratch/run" 2>&1 | tee -a "$OUT/tables.txt"
-  cp "$scratch/run/metrics.jsonl" "$OUT/pong-metrics.jsonl" 2>/dev/null
+  echo "== a real run for $seconds s"
+  timeout --signal=TERM --kill-after=10 "$seconds" "$PYTHON" -m twister_jax train "${what[@]}" \
+    --logdir "$scratch/run" 2>&1 | tee -a "$OUT/tables.txt"
+  cp "$scratch/run/metrics.jsonl" "$OUT/metrics.jsonl" 2>/dev/null
 fi
 echo "== results in $OUT: $(ls "$OUT" | tr '\n' ' ')"
 exit $status

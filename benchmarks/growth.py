@@ -2,24 +2,22 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks.bench import Bench
 from benchmarks.machine import limited_host_memory
 from benchmarks.options import resized
 from benchmarks.subject import make_subject
 from benchmarks.timing import Clock, Program, Times, compile_program
-from twister_jax import config as configs
-from twister_jax.allocator import return_freed_memory
+from twister_jax import presets
 from twister_jax.config import Config
 from twister_jax.errors import UserError
 from twister_jax.randomness import Purpose, key_for
-from twister_jax.training.rundir import check_memory
-
-if TYPE_CHECKING:
-    from benchmarks.bench import Bench
+from twister_jax.runtime import return_freed_memory
+from twister_jax.training.memory import check_memory
 
 SECTION = "growth"
 _REPLAY_STEPS = 10_000
@@ -31,31 +29,30 @@ class _Case:
     name: str
     size: int
     """What an update's time is expected to be proportional to, within one series of cases."""
-    config: Config
+    sizes: dict[str, int] = dataclasses.field(default_factory=dict)
+    """What differs in the agent's settings."""
     seeds: int = 1
     in_turn: bool = False
 
 
-def run(bench: "Bench") -> None:
+def run(bench: Bench) -> None:
     """One size grows, the others stay as they are."""
     quick = bench.options.quick
     bench.forget()  # its state and replay would take memory from the largest sizes
-    one = _Case("seeds 1", 1, bench.config)
+    one = _Case("seeds 1", 1)
     for in_turn, how in ((False, "side by side"), (True, "in turn")):
         counts = (2,) if quick else (5, 2, 3, 4)  # five is what people train, and time may run out
-        seeds = [_Case(f"seeds {count} {how}", count, bench.config, count, in_turn) for count in counts]
+        seeds = [_Case(f"seeds {count} {how}", count, {}, count, in_turn) for count in counts]
         _grow(bench, seeds, baseline=one)
-    _grow(bench, _sizes(bench, "batch_size", (4, 8) if quick else (4, 8, 16, 32, 64)))
-    _grow(bench, _sizes(bench, "batch_length", (16, 32) if quick else (16, 32, 64, 128)))
+    for what, values in (
+        ("batch_size", (4, 8) if quick else (4, 8, 16, 32, 64)),
+        ("batch_length", (16, 32) if quick else (16, 32, 64, 128)),
+    ):
+        _grow(bench, [_Case(f"{what.replace('_', ' ')} {size}", size, {what: size}) for size in values])
 
 
-def _sizes(bench: "Bench", what: str, values: Sequence[int]) -> list[_Case]:
-    name = what.replace("_", " ")
-    return [_Case(f"{name} {value}", value, resized(bench.config, **{what: value})) for value in values]
-
-
-def _grow(bench: "Bench", cases: Sequence[_Case], baseline: _Case | None = None) -> None:
-    """Measures what the budget allows and the memory holds, by turns with the baseline if there is one."""
+def _grow(bench: Bench, cases: Sequence[_Case], baseline: _Case | None = None) -> None:
+    """Measures what the budget allows and the memory holds, interleaved with the baseline if there is one."""
     report, budget = bench.report, bench.options.budget
     clock: Clock | None = None  # of the baseline
     rate: float | None = None  # seconds to a unit of size
@@ -66,9 +63,10 @@ def _grow(bench: "Bench", cases: Sequence[_Case], baseline: _Case | None = None)
                 raise UserError("--minutes are over")
             if too_large is not None and case.size >= too_large:
                 raise UserError(f"size {too_large} does not fit already")
-            configs.validate(case.config)
+            config = resized(bench.config, case.sizes)
+            presets.validate(config)
             if baseline is not None and clock is None:
-                clock = _start(bench, baseline)[1]
+                clock = _start(bench, baseline, bench.config)[1]
                 rate = clock.sample() / baseline.size
             if rate is not None and rate * case.size > budget:
                 raise UserError(f"an update would take {rate * case.size:.3g} s")
@@ -77,7 +75,7 @@ def _grow(bench: "Bench", cases: Sequence[_Case], baseline: _Case | None = None)
             continue
         try:
             with limited_host_memory():
-                rate = _measure(bench, case, clock).median / case.size
+                rate = _measure(bench, case, config, clock).median / case.size
         except (UserError, jax.errors.JaxRuntimeError, MemoryError) as error:
             report.add(SECTION, case.name, None, "s", f"not measured: {str(error)[:200]}")
             too_large = case.size
@@ -85,9 +83,9 @@ def _grow(bench: "Bench", cases: Sequence[_Case], baseline: _Case | None = None)
         report.write()
 
 
-def _start(bench: "Bench", case: _Case) -> tuple[Program, Clock, int]:
+def _start(bench: Bench, case: _Case, config: Config) -> tuple[Program, Clock, int]:
     """The compiled update, a clock that has warmed up, and the tokens of an update."""
-    program, arguments, tokens = _compile(case)
+    program, arguments, tokens = _compile(case, config)
     return_freed_memory()  # or it would count as taken
     check_memory({"update": program.temp_bytes}, jax.devices()[0])
 
@@ -98,9 +96,9 @@ def _start(bench: "Bench", case: _Case) -> tuple[Program, Clock, int]:
     return program, Clock(step, (*arguments[:2], None, arguments[2]), bench.fill), tokens
 
 
-def _measure(bench: "Bench", case: _Case, beside: Clock | None) -> Times:
+def _measure(bench: Bench, case: _Case, config: Config, beside: Clock | None) -> Times:
     report, options = bench.report, bench.options
-    program, clock, tokens = _start(bench, case)
+    program, clock, tokens = _start(bench, case, config)
     # As many updates of one as these are of all seeds: their samples then take about as long.
     span = 1 if beside is None else max(1, round(case.seeds * clock.calls / beside.calls))
     times = clock.take(options.repeats, options.budget, beside, beside_span=span)
@@ -115,9 +113,9 @@ def _measure(bench: "Bench", case: _Case, beside: Clock | None) -> Times:
     return times
 
 
-def _compile(case: _Case) -> tuple[Program, tuple[Any, Any, Any], int]:
+def _compile(case: _Case, config: Config) -> tuple[Program, tuple[Any, Any, Any], int]:
     """The update for all seeds at once, its arguments, and its tokens."""
-    subject = make_subject(case.config, _REPLAY_STEPS)
+    subject = make_subject(config, _REPLAY_STEPS)
     agent = subject.agent
     keys = jnp.stack([key_for(seed, Purpose.INIT) for seed in range(case.seeds)])
     update: Callable[..., Any]

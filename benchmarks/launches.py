@@ -1,28 +1,24 @@
 """How many kernels a GPU is given in an update: each costs some microseconds, however little it does.
 
 A call of a library counts once, whatever it launches; what XLA puts into one CUDA graph costs less each.
-On a GPU the update that is measured is counted. On a CPU the update is compiled for a GPU that is not there,
-which takes JAX's CUDA build (JAX 0.11, `pip install 'jax[cuda12]'`) and `JAX_PLATFORMS=cpu`. XLA then chooses
+On a GPU the update that is measured is counted. On a CPU the update is compiled for an absent GPU, which
+takes JAX's CUDA build (JAX 0.11, `pip install 'jax[cuda12]'`) and `JAX_PLATFORMS=cpu`. XLA then chooses
 without trying, and gives matrix products to cuBLAS; numbers of the two kinds are not to be compared.
 """
 
 import collections
 import re
-from typing import TYPE_CHECKING, Any, NamedTuple
-from unittest import mock
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
 
-from benchmarks.profiling import source_names
-from benchmarks.subject import make_spec, replay_steps
-from twister_jax import config as configs
-from twister_jax import replay as replays
-from twister_jax.agents import make_agent
+from benchmarks import programs
+from benchmarks.bench import Bench
+from benchmarks.subject import make_shapes
 from twister_jax.config import Config
-
-if TYPE_CHECKING:
-    from benchmarks.bench import Bench
+from twister_jax.fields import replace
+from twister_jax.runtime import tracing_for
 
 SECTION = "launches"
 TOP = 12
@@ -59,7 +55,7 @@ class Launch(NamedTuple):
     """The innermost loop that it is in, or nothing."""
 
 
-def run(bench: "Bench") -> None:
+def run(bench: Bench) -> None:
     """The number, how it is made up, and the lines of ours that most of them come from."""
     report = bench.report
     if jax.default_backend() not in ("cpu", "gpu"):
@@ -68,22 +64,25 @@ def run(bench: "Bench") -> None:
     if jax.default_backend() == "cpu":
         precision = bench.options.precision if bench.options.precision != "auto" else "bfloat16"
         try:
-            compiled = compile_for_absent_gpu(configs.replace(bench.config, {"precision": precision}))
+            compiled = compile_for_absent_gpu(replace(bench.config, {"precision": precision}))
         except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
             note = f"not counted: {' '.join(str(error).split())[:120]}; see benchmarks/launches.py"
             report.add(SECTION, "kernels", None, "", note)
             return
-        text, note = compiled.as_text(), f"compiled for an H200 that is not there, {precision}"
+        text, note = compiled.as_text(), f"compiled for an absent H200, {precision}"
         memory = compiled.memory_analysis().temp_size_in_bytes
         report.add(SECTION, "temporary memory", memory, "B", "as the compiler plans it")
     else:
         text, note = bench.compile_update().text(), "the measured program"
 
     launches = count(text)
-    names, loops, kinds, lines = source_names(text), *(collections.Counter[str]() for _ in range(3))
+    sources, loops, kinds, lines = (
+        programs.source_lines(text),
+        *(collections.Counter[str]() for _ in range(3)),
+    )
     for each in launches:
         kinds[each.kind] += each.times
-        lines[names.get(each.name, "no line of ours").removeprefix("<- ")] += each.times
+        lines[sources.get(each.name, "no line of ours").removeprefix("<- ")] += each.times
         if each.loop:
             loops[each.loop] += each.times
     report.add(SECTION, "kernels", sum(each.times for each in launches), "", note)
@@ -103,17 +102,14 @@ def compile_for_absent_gpu(config: Config) -> Any:
     """
     topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
     place = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    spec = make_spec(config)
-    with mock.patch.object(jax, "default_backend", return_value="gpu"):  # by which forms are chosen
-        agent = make_agent(config, spec)
+    with tracing_for("gpu"):
+        subject = make_shapes(config)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        steps = replay_steps(config, agent)
-        replay = jax.eval_shape(lambda: replays.init(1, steps, spec.image_shape, spec.num_actions))
         arguments = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            (jax.eval_shape(agent.init, key), replay, key),
+            (subject.state, subject.replay, key),
         )
-        lowered = jax.jit(agent.update, donate_argnums=(0, 1)).lower(*arguments)
+        lowered = jax.jit(subject.agent.update, donate_argnums=(0, 1)).lower(*arguments)
     return lowered.compile(compiler_options=_WITHOUT_TRYING)
 
 
@@ -125,25 +121,25 @@ def count(text: str) -> list[Launch]:
     Raises:
       ValueError: the text is not such a program, or does not say how often a loop goes round.
     """
-    entry, computations = _computations(text)
+    entry, computations = programs.computations(text)
 
     def walk(computation: str, times: int, loop: str) -> list[Launch]:
         if computation not in computations:
             raise ValueError(f"no computation {computation!r} in the compiled program")
         launches: list[Launch] = []
         for line in computations[computation]:
-            name, operation = _instruction(line)
+            name, operation = programs.name_of(line), programs.operation_of(line)
             if operation == "while":
                 rounds = re.search(r"known_trip_count\D*(\d+)", line)
                 if rounds is None:
                     raise ValueError(f"the compiled program does not say how often {name} goes round")
-                launches += walk(_called(line, "body")[0], times * int(rounds[1]), name)
+                launches += walk(programs.called(line, "body")[0], times * int(rounds[1]), name)
             elif operation == "conditional":
-                branches = _called(line, "branch_computations|true_computation|false_computation")
+                branches = programs.called(line, "branch_computations|true_computation|false_computation")
                 made = [walk(branch, times, loop) for branch in branches]
                 launches += max(made, key=lambda each: sum(launch.times for launch in each))
             elif operation in ("call", "async-start"):
-                for inner in _called(line, "to_apply|calls"):
+                for inner in programs.called(line, "to_apply|calls"):
                     launches += walk(inner, times, loop)
             elif operation not in _NOTHING and not operation.endswith(("-done", "-update")):
                 launches.append(Launch(name, _kind(operation, line), times, loop))
@@ -154,41 +150,6 @@ def count(text: str) -> list[Launch]:
 
 _NOTHING = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "opt-barrier", "domain"}
 _NOTHING |= {"after-all", "add-dependency", "partition-id", "replica-id"}
-
-
-def _called(line: str, attributes: str) -> list[str]:
-    """Names of the computations that an instruction calls by these attributes."""
-    found = re.findall(rf"\b(?:{attributes})=(?:{{([^}}]*)}}|%?([\w.\-]+))", line)
-    return [name.strip().lstrip("%") for several, one in found for name in (several or one).split(",")]
-
-
-def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
-    """The name of the entry computation, and the instructions of each."""
-    entry, current = "", ""
-    lines: dict[str, list[str]] = {}
-    for line in text.splitlines():
-        head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{\s*$", line)
-        if head is not None:
-            current = head[2]
-            lines[current] = []
-            entry = current if head[1] else entry
-        elif line.startswith("}"):
-            current = ""
-        elif current and " = " in line:
-            lines[current].append(line)
-    return entry, lines
-
-
-def _instruction(line: str) -> tuple[str, str]:
-    """Name and operation; the type between them may hold blanks inside of its brackets."""
-    name, _, rest = line.strip().removeprefix("ROOT ").partition(" = ")
-    depth = 0
-    for index, letter in enumerate(rest):
-        depth += (letter in "([{") - (letter in ")]}")
-        if letter == " " and not depth:
-            operation = re.match(r"[\w\-]+", rest[index + 1 :])
-            return name.lstrip("%"), operation[0] if operation else ""
-    return name.lstrip("%"), ""
 
 
 def _kind(operation: str, line: str) -> str:

@@ -7,28 +7,27 @@ import math
 import sys
 import tempfile
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
+from benchmarks.bench import Bench
 from benchmarks.subject import update_keys
 from benchmarks.timing import Clock, Times
-from twister_jax import config as configs
 from twister_jax.agents import make_agent
+from twister_jax.agents.base import Agent
 from twister_jax.config import Config
 from twister_jax.envs import make_vector_env
-from twister_jax.training.background import Interrupted, Signals
-from twister_jax.training.loop import Run
-from twister_jax.training.metrics import Progress
-from twister_jax.training.rundir import RunDirectory
-
-if TYPE_CHECKING:
-    from benchmarks.bench import Bench
+from twister_jax.envs.base import EnvSpec
+from twister_jax.fields import replace
+from twister_jax.training import loop
+from twister_jax.training.progress import Progress
+from twister_jax.training.run import Run
+from twister_jax.training.signals import Interrupted, Signals
 
 SECTION = "loop"
 _ROUNDS = 8
-"""Turns of the loop and of its update alone: both see one machine. The first of the loop does not count."""
+"""The loop and its update alone, interleaved: both see one machine. The first of the loop does not count."""
 _NEVER = 10**9
 
 
@@ -39,6 +38,11 @@ class Mark:
     seconds: float
     env_steps: int
     updates: int
+
+    @classmethod
+    def now(cls, run: Run) -> "Mark":
+        """Here and now."""
+        return cls(time.perf_counter(), run.counters.env_steps, run.counters.updates)
 
 
 class _Quiet(Progress):
@@ -55,111 +59,89 @@ class _Done(Exception):
     """Enough steps were measured."""
 
 
-class _MarkedRun(Run):
-    """Notes the time at the beginning of every iteration that acts, and ends after `steps` agent steps."""
+class _Watch:
+    """Takes the place of an iteration: notes when each begins, and ends the run after `steps` agent steps."""
 
-    rounds: list[list[Mark]]
-    steps: int
-    alone: "_Alone"
+    def __init__(self, steps: int, fill: float, repeats: int):
+        self.steps, self.fill, self.repeats = steps, fill, repeats
+        self.rounds: list[list[Mark]] = [[]]
+        self.alone: Clock | None = None
+        """Of the update with nothing beside it."""
 
-    def iterate(self) -> None:
-        self.wait_for("act", "update", "update averages")
-        self.rounds[-1].append(self.mark())
-        done = self.counters.env_steps - self.rounds[0][0].env_steps
+    def iterate(self, run: Run) -> None:
+        """One iteration and, at the end of a round, some updates alone."""
+        for name in ("act", "update", "update averages"):
+            run.program(name)
+        self.rounds[-1].append(Mark.now(run))
+        done = run.counters.env_steps - self.rounds[0][0].env_steps
         if done >= len(self.rounds) * self.steps / _ROUNDS:
-            self.alone.take(self)
+            self.time_update(run)
             if len(self.rounds) == _ROUNDS:
                 raise _Done
-            self.rounds.append([self.mark()])
-        super().iterate()
+            self.rounds.append([Mark.now(run)])
+        loop.act_learn_step(run)
 
-    def mark(self) -> Mark:
-        """Here and now."""
-        return Mark(time.perf_counter(), self.counters.env_steps, self.counters.updates)
-
-
-class _Alone:
-    """The update of a run with nothing beside it. What it learns stays learnt, but does not count."""
-
-    def __init__(self, fill: float, repeats: int):
-        self.fill, self.repeats = fill, repeats
-        self.clock: Clock | None = None
-
-    def take(self, run: Run) -> None:
-        """Times some updates of the run as it stands."""
-        program, keys = run.ready("update"), update_keys(run.config)
+    def time_update(self, run: Run) -> None:
+        """Times updates of the run as it stands. What they learn stays learned, but does not count."""
+        program, keys = run.program("update"), update_keys(run.config)
 
         def step(carry: Any) -> Any:
             state, replay, _, index = carry
             return *program(state, replay, keys[index % len(keys)]), index + 1
 
         carry = jax.block_until_ready((run.state.agent, run.replay, None, 0))
-        if self.clock is None:
-            self.clock = Clock(step, carry, self.fill)
+        if self.alone is None:
+            self.alone = Clock(step, carry, self.fill)
         else:
-            self.clock.carry = carry
+            self.alone.carry = carry
         for _ in range(self.repeats):
-            self.clock.sample()
-        agent, run.replay, *_ = self.clock.carry
+            self.alone.sample()
+        agent, run.replay, *_ = self.alone.carry
         run.state = dataclasses.replace(run.state, agent=agent)
 
 
-def run(bench: "Bench") -> None:
+def run(bench: Bench) -> None:
     """A short run in a temporary directory, with everything but checkpoints, pictures, rows and evaluation.
 
-    Its update alone is sampled in every turn, whatever `--budget` says.
+    Its update alone is sampled in every round, whatever `--budget` says.
     """
     bench.forget()  # its memory is wanted, and the run has a state and a replay of its own
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="benchmarks-run-") as directory:
-        config = undisturbed(bench.config, directory, bench.pieces.LOOP_OVERRIDES)
-        with RunDirectory(Path(directory)) as run_directory, Signals() as signals:
-            run_directory.check_or_write_config(configs.to_dict(config), ())
-            run = _MarkedRun(config, make_agent, make_vector_env, _Quiet(), signals)
-            run.rounds, run.steps = [[]], bench.options.loop_steps
-            run.alone = _Alone(bench.fill, math.ceil(bench.options.repeats / _ROUNDS))
-            try:
-                with contextlib.suppress(_Done):
-                    run.learn_everything()
-            except Interrupted:
-                raise KeyboardInterrupt from None
-            finally:
-                run.tell.close()
-                run.env.close()
-    if run.alone.clock is None:
-        bench.report.fail(SECTION, f"the run is over too soon; --loop-steps {run.steps} is too large")
+    started, steps = time.perf_counter(), bench.options.loop_steps
+    watch = _Watch(steps, bench.fill, math.ceil(bench.options.repeats / _ROUNDS))
+    with tempfile.TemporaryDirectory(prefix="benchmarks-run-") as directory, Signals() as signals:
+        run = Run(undisturbed(bench.config, directory), _untrained, make_vector_env, _Quiet(), signals)
+        try:
+            with contextlib.suppress(_Done):
+                loop.learn_everything(run, iterate=watch.iterate)
+        except Interrupted:
+            raise KeyboardInterrupt from None
+        finally:
+            run.env.close()
+    if watch.alone is None:
+        bench.report.fail(SECTION, f"the run is over too soon; --loop-steps {steps} is too large")
         return
-    tell(bench, run.rounds, run.alone.clock.times, started)
+    report(bench, watch.rounds, watch.alone.times, started)
 
 
-def undisturbed(config: Config, directory: str, overrides: dict[str, Any]) -> Config:
+def _untrained(config: Config, spec: EnvSpec) -> Agent:
+    """The agent without pretraining, so that a short run gets to its updates."""
+    return dataclasses.replace(make_agent(config, spec), pretraining=())
+
+
+def undisturbed(config: Config, directory: str) -> Config:
     """The same run, as long and with as large a replay, without what happens once in thousands of steps."""
-    return configs.replace(
-        config,
-        {
-            "logdir": directory,
-            "train.report_every": 0,
-            "train.log_every": _NEVER,
-            "train.checkpoint_every": _NEVER,
-            "train.checkpoint_minutes": float(_NEVER),
-            **overrides,
-        },
-    )
+    seldom = ("log_every", "checkpoint_every", "checkpoint_minutes")
+    changes = {"logdir": directory, "train.report_every": 0}
+    return replace(config, changes | {f"train.{name}": _NEVER for name in seldom})
 
 
-def tell(bench: "Bench", rounds: list[list[Mark]], update: Times, started: float) -> None:
+def report(bench: Bench, rounds: list[list[Mark]], update: Times, started: float) -> None:
     """Rows from the times at which iterations began, and from the update timed alone.
 
     Medians of both: one slow step says little about the loop.
     """
-    report = bench.report
-    report.add(
-        SECTION,
-        "start to first update",
-        rounds[0][0].seconds - started,
-        "s",
-        "emulator, prefill and compilation, this process being warm",
-    )
+    note = "environments, prefill and compilation, this process being warm"
+    bench.report.add(SECTION, "start to first update", rounds[0][0].seconds - started, "s", note)
     settled = [_settled(marks) for marks in rounds[1:]]
     iterations = sum(len(marks[1:]) for marks in settled)
     updates = sum(marks[-1].updates - marks[0].updates for marks in settled if marks)
@@ -167,9 +149,8 @@ def tell(bench: "Bench", rounds: list[list[Mark]], update: Times, started: float
     laps = [lap for marks in settled for lap in itertools.pairwise(marks[::period])]
     steps = sum(b.env_steps - a.env_steps for a, b in laps)
     if not updates or not steps:
-        report.fail(
-            SECTION, f"too few steps with updates; --loop-steps {bench.options.loop_steps} is too small"
-        )
+        few = f"too few steps with updates; --loop-steps {bench.options.loop_steps} is too small"
+        bench.report.fail(SECTION, few)
         return
     updates = sum(b.updates - a.updates for a, b in laps)
     rests = [b.seconds - a.seconds - (b.updates - a.updates) * update.median for a, b in laps]
@@ -177,10 +158,10 @@ def tell(bench: "Bench", rounds: list[list[Mark]], update: Times, started: float
     each = Times(tuple(learning + rest * len(laps) / steps for rest in rests))
     rest = each.median - learning
     game = f"{bench.config.game}, {steps} steps, {updates} updates"
-    report.time(SECTION, "wall time per environment step", each, game)
-    report.time(SECTION, "update alone", update, "the same program and replay, in turn with the loop")
-    report.add(SECTION, "not the update, per environment step", rest, "s", "without checkpoints")
-    report.add(SECTION, "not the update, share of wall time", rest / each.median)
+    bench.report.time(SECTION, "wall time per environment step", each, game)
+    bench.report.time(SECTION, "update alone", update, "same program and replay, interleaved with the loop")
+    bench.report.add(SECTION, "not the update, per environment step", rest, "s", "without checkpoints")
+    bench.report.add(SECTION, "not the update, share of wall time", rest / each.median)
 
 
 def _settled(marks: list[Mark]) -> list[Mark]:

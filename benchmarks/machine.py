@@ -4,7 +4,6 @@ import contextlib
 import os
 import platform
 import resource
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from typing import Any
 import jax
 import jaxlib
 
-from twister_jax.training.rundir import host_available
+from twister_jax.training.memory import host_available
+from twister_jax.training.provenance import commit
 
 
 def describe(precision: str) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def describe(precision: str) -> dict[str, Any]:
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": _short(commit()),
         "environment": {
             name: value
             for name, value in sorted(os.environ.items())
@@ -62,7 +62,7 @@ def host_peak_bytes() -> int:
 
 @contextlib.contextmanager
 def limited_host_memory() -> Iterator[None]:
-    """What does not fit raises JAX's RESOURCE_EXHAUSTED, before the kernel has to kill the process for it.
+    """What does not fit raises JAX's RESOURCE_EXHAUSTED before the kernel has to kill the process.
 
     The heap may grow to what this process holds now and what is free. Does nothing where that is unknown, or
     where an accelerator's memory is what counts.
@@ -93,17 +93,7 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def _commit() -> str:
-    """Short hash, with a + where tracked files were changed; `unknown` outside a repository."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True, timeout=10
-        )
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--short", "-uno") else "")
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
+def _short(commit: str | None) -> str:
+    """The first digits, and `-dirty` where the source tree was changed; `unknown` outside a repository."""
+    digits, *dirty = (commit or "unknown").partition("-")
+    return digits[:10] + "".join(dirty)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 def count(jaxpr: Any) -> float:
     """Operations of all products in a traced program (a `Jaxpr` or `ClosedJaxpr`).
 
-    Of a conditional the dearest branch counts, of a while loop of unknown length one round.
+    Of a conditional the costliest branch counts, of a while loop of unknown length one round.
     """
     total = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
@@ -31,7 +31,7 @@ def count(jaxpr: Any) -> float:
         elif name == "cond":
             total += max(count(branch) for branch in params["branches"])
         else:
-            total += sum(count(inner) for inner in _inner(params))
+            total += sum(count(inner) for inner in inner_programs(params))
     return total
 
 
@@ -53,7 +53,8 @@ def xla_count(compiled: Any) -> float:
     return float((analysis or {}).get("flops", math.nan))
 
 
-def _inner(params: dict[str, Any]) -> Iterator[Any]:
+def inner_programs(params: dict[str, Any]) -> Iterator[Any]:
+    """The programs that an equation with these parameters runs."""
     for value in params.values():
         for each in value if isinstance(value, tuple | list) else (value,):
             if hasattr(getattr(each, "jaxpr", each), "eqns"):

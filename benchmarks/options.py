@@ -1,14 +1,15 @@
 """The command line of the benchmarks, and the configuration that it describes."""
 
 import argparse
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import stat
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
-from twister_jax import config as configs
+from twister_jax import agents, cli, envs, presets
 from twister_jax.config import Config
-from twister_jax.errors import UserError
+from twister_jax.fields import OneLineParser, did_you_mean, replace
 
 SECTIONS = (
     "peak",
@@ -22,7 +23,6 @@ SECTIONS = (
     "growth",
 )
 DEFAULT_SECTIONS = tuple(name for name in SECTIONS if name not in ("launches", "growth"))
-PROGRAM = "python -m benchmarks"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,19 +42,9 @@ class Options:
     """After this many no new measurement begins."""
     loop_steps: int
     sizes: dict[str, int]
-    """Fields of the algorithm that were given other values."""
+    """Fields of the agent's own settings that were given other values."""
     json: Path | None
     profile: Path | None
-
-
-_DESCRIPTION = "How fast training is on this machine, and how close to its matrix products: one table."
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as the rest of the program does."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {PROGRAM} --help")
 
 
 def parse(arguments: Sequence[str]) -> Options:
@@ -68,18 +58,18 @@ def parse(arguments: Sequence[str]) -> Options:
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
         known = [flag for action in parser._actions for flag in action.option_strings]
-        parser.error(f"unknown option {unknown[0]}{configs.did_you_mean(unknown[0], known)}")
+        parser.error(f"unknown option {unknown[0]}{did_you_mean(unknown[0], known)}")
     for name in given.only or ():
         if name not in SECTIONS:
-            near = configs.did_you_mean(name, SECTIONS)
+            near = did_you_mean(name, SECTIONS)
             parser.error(f"unknown section {name!r}{near}; one of {', '.join(SECTIONS)}")
     if given.all and given.only:
         parser.error("--all and --only exclude each other")
     for flag in ("repeats", "budget", "minutes", "loop_steps"):
         if not getattr(given, flag) > 0:
             parser.error(f"--{flag.replace('_', '-')} = {getattr(given, flag)}: must be above 0")
-    if given.json is not None and (given.json.is_dir() or not given.json.absolute().parent.is_dir()):
-        parser.error(f"--json {given.json}: not a file in an existing directory")
+    if given.json is not None and not _may_be_written(given.json):
+        parser.error(f"--json {given.json}: not a regular file, or in no existing directory")
     if given.profile is not None and given.profile.exists() and not given.profile.is_dir():
         parser.error(f"--profile {given.profile}: not a directory")
     sections = SECTIONS if given.all else tuple(given.only or DEFAULT_SECTIONS)
@@ -93,7 +83,7 @@ def parse(arguments: Sequence[str]) -> Options:
         preset=given.preset,
         precision=given.precision,
         game=given.game,
-        sections=sections,
+        sections=sections if given.profile is None else (*sections, "breakdown"),
         repeats=min(given.repeats, 3) if given.quick else given.repeats,
         quick=given.quick,
         budget=given.budget,
@@ -105,13 +95,27 @@ def parse(arguments: Sequence[str]) -> Options:
     )
 
 
+def _may_be_written(path: Path) -> bool:
+    """Whether it is a regular file, or can be made: not what a link, a device or a pipe leads to."""
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            return stat.S_ISREG(path.lstat().st_mode)
+        return path.absolute().parent.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog=PROGRAM, description=_DESCRIPTION, allow_abbrev=False)
+    parser = OneLineParser(
+        prog="python -m benchmarks",
+        description="How fast training is on this machine, and how close to its matrix products: one table.",
+        allow_abbrev=False,
+    )
     add = parser.add_argument
-    add("--agent", default="twister", help="twister or twm (default twister)")
-    add("--preset", default="auto", help="paper, cpu, debug, or auto: paper on an accelerator, else cpu")
+    add("--agent", default=agents.DEFAULT_AGENT, help=f"{' or '.join(agents.AGENTS)} (default %(default)s)")
+    add("--preset", default=presets.AUTO, help="paper, cpu, debug; auto: paper on an accelerator, else cpu")
     add("--precision", default="auto", help="of matrix products: float32, bfloat16 or auto")
-    add("--game", default="Pong", help="game of the sections acting and loop (default Pong)")
+    add("--game", default=envs.DEFAULT_GAME, help="what is played (default %(default)s)")
     add("--only", nargs="+", metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
     add("--all", action="store_true", help="all sections; without it all but launches and growth")
     add("--batch-size", type=int, help="windows of an update, in place of the preset's")
@@ -123,12 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--minutes", type=float, default=1e6, help="after so many no new measurement begins")
     add("--loop-steps", type=int, default=50, help="agent steps of loop, whatever the budget (default 50)")
     add("--json", type=Path, metavar="FILE", help="everything as JSON, rewritten after every section")
-    add(
-        "--profile",
-        type=Path,
-        metavar="DIR",
-        help="a profiler trace, and the top operations of its last 3 updates",
-    )
+    add("--profile", type=Path, metavar="DIR", help="keep breakdown's trace, and list its top operations")
     return parser
 
 
@@ -138,31 +137,22 @@ def make_config(options: Options) -> Config:
     Raises:
       UserError: what cannot work, in the words of the training command.
     """
-    from twister_jax.__main__ import automatic_preset
-    from twister_jax.envs.games import resolve_game
-
-    if options.preset == "auto":
-        configs.make_config(options.agent)  # refuses an unknown agent before JAX starts
-    preset = automatic_preset() if options.preset == "auto" else options.preset
-    config = configs.make_config(
-        options.agent,
-        preset,
-        game=resolve_game(options.game),
-        precision=options.precision,
-        **{f"algorithm.{name}": size for name, size in options.sizes.items()},
-    )
-    config = with_room(config)
-    configs.validate(config)
+    agents.package(options.agent)  # refuses an unknown one before JAX starts
+    preset = cli.automatic_preset() if options.preset == presets.AUTO else options.preset
+    config = presets.make_config(options.agent, preset, options.game, precision=options.precision)
+    config = resized(config, options.sizes)
+    presets.validate(config)
     return config
 
 
-def resized(config: Config, **sizes: Any) -> Config:
-    """The same run with other sizes of an update."""
-    return with_room(configs.replace(config, {f"algorithm.{name}": size for name, size in sizes.items()}))
+def resized(config: Config, sizes: Mapping[str, int]) -> Config:
+    """The same run with other sizes of an update, and with prefill and length enough for its windows.
 
-
-def with_room(config: Config) -> Config:
-    """Prefill and length enough for the windows."""
-    prefill = max(config.train.prefill_steps, (config.algorithm.batch_length + 2) * config.env.num_envs)
+    Raises:
+      UserError: the agent has no such size.
+    """
+    config = replace(config, {f"algorithm.{name}": size for name, size in sizes.items()})
+    windows = (sizes.get("batch_length", 0) + 2) * config.env.num_envs
+    prefill = max(config.train.prefill_steps, windows)
     steps = max(config.train.steps, 2 * prefill)
-    return configs.replace(config, {"train.prefill_steps": prefill, "train.steps": steps})
+    return replace(config, {"train.prefill_steps": prefill, "train.steps": steps})

@@ -3,11 +3,12 @@
 import dataclasses
 import json
 import math
-import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks.timing import Times
+from twister_jax import files
 
 _SCALED = {"s": "time", "B": "size", "FLOP": "size", "FLOP/s": "size"}
 _PREFIXES = {
@@ -79,9 +80,10 @@ class Report:
         self._add(Row(section, "not measured", None, "", note=message))
 
     def write(self) -> None:
-        """Rewrites the JSON file, if one was asked for."""
+        """Rewrites the JSON file, if one was asked for; that it cannot be written counts as a failure."""
         if self.path is None:
             return
+        self.failed.pop("json", None)
         content = {
             **self.summary,
             "machine": self.machine,
@@ -89,9 +91,11 @@ class Report:
             "failed": self.failed,
             "rows": [dataclasses.asdict(row) for row in self.rows],
         }
-        partial = self.path.with_name(self.path.name + ".tmp")
-        partial.write_text(json.dumps(_finite(content), indent=1) + "\n")
-        os.replace(partial, self.path)
+        try:
+            files.write_atomically(self.path, json.dumps(_finite(content), indent=1) + "\n")
+        except OSError as error:
+            self.failed["json"] = f"{self.path} cannot be written: {error.strerror}"
+            print(f"benchmarks: --json {self.failed['json']}", file=sys.stderr)
 
     def _add(self, row: Row) -> None:
         self.rows.append(row)

@@ -8,16 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from twister_jax.agent import Agent
+from twister_jax import envs, presets
 from twister_jax.agents import make_agent
+from twister_jax.agents.base import Agent
 from twister_jax.config import Config
 from twister_jax.envs.base import EnvSpec
 from twister_jax.randomness import Purpose, key_for
-from twister_jax.replay import Replay
-from twister_jax.training.loop import stored_steps
+from twister_jax.replay import store
+from twister_jax.replay.store import Replay
 
-ACTIONS = 6
-"""Of Pong: there the section loop runs the very program that the section update compiled."""
 _EPISODE = 200
 
 
@@ -33,8 +32,9 @@ class Subject:
 
 
 def make_spec(config: Config) -> EnvSpec:
-    """Atari as the configuration sees it."""
-    return EnvSpec(image_shape=(64, 64, 1 if config.env.grayscale else 3), num_actions=ACTIONS)
+    """Of the game: then the section `loop` runs the very program that the section `update` compiled."""
+    suite, name = envs.resolve(config.game)
+    return suite.make(name, config.env, config.seed).spec
 
 
 def make_subject(config: Config, most_steps: int | None = None) -> Subject:
@@ -42,14 +42,25 @@ def make_subject(config: Config, most_steps: int | None = None) -> Subject:
     spec = make_spec(config)
     agent = make_agent(config, spec)
     state = jax.jit(agent.init)(key_for(config.seed, Purpose.INIT))
-    return Subject(
-        config, spec, agent, state, synthetic_replay(spec, replay_steps(config, agent, most_steps))
+    replay = synthetic_replay(spec, replay_steps(config, agent, most_steps))
+    return Subject(config, spec, agent, state, replay)
+
+
+def make_shapes(config: Config) -> Subject:
+    """What `make_subject` makes, with shapes in place of arrays; computes nothing."""
+    spec = make_spec(config)
+    agent = make_agent(config, spec)
+    steps = replay_steps(config, agent)
+    state, replay = jax.eval_shape(
+        lambda key: (agent.init(key), store.init(1, steps, spec.image_shape, spec.num_actions)),
+        key_for(config.seed, Purpose.INIT),
     )
+    return Subject(config, spec, agent, state, replay)
 
 
 def replay_steps(config: Config, agent: Agent, most_steps: int | None = None) -> int:
     """Capacity of the replay that the training loop would allocate, or `most_steps` if that is less."""
-    capacity = min(config.replay.capacity, stored_steps(config.train.steps))
+    capacity = presets.stored_steps(config)
     return max(capacity if most_steps is None else min(capacity, most_steps), agent.min_replay_steps)
 
 
@@ -57,12 +68,12 @@ def synthetic_replay(spec: EnvSpec, steps: int, seed: int = 0) -> Replay:
     """A full store of one stream: noise for frames, random actions and rewards, episodes of 200 steps."""
     rng = np.random.default_rng(seed)
     place = np.arange(steps) % _EPISODE
-    action = np.eye(spec.num_actions, dtype=np.float32)[rng.integers(spec.num_actions, size=(1, steps))]
-    action[:, place == 0] = 0.0
+    action = spec.random_actions(rng, steps)
+    action[place == 0] = 0.0
     # `jnp.array` copies: the store is donated, and must not lie in NumPy's memory.
     return Replay(
         frames=jnp.array(rng.integers(0, 256, (1, steps, math.prod(spec.image_shape)), dtype=np.uint8)),
-        action=jnp.array(action),
+        action=jnp.array(action[None]),
         reward=jnp.array(np.sign(rng.normal(size=(1, steps))).astype(np.float32) * (place != 0)),
         terminal=jnp.array((place == _EPISODE - 1)[None]),
         is_first=jnp.array((place == 0)[None]),

@@ -1,4 +1,7 @@
-"""Measured seconds: warm-up, several calls to a sample, median with minimum and maximum."""
+"""Measured seconds: warm-up, several calls to a sample, median with minimum and maximum.
+
+And the yardstick for everything else: a matrix product, timed again and again.
+"""
 
 import dataclasses
 import math
@@ -8,8 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from benchmarks import operations
+from twister_jax.runtime import product_precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,3 +122,59 @@ def compile_program(function: Callable[..., Any], *args: Any, donate: tuple[int,
         argument_bytes=sizes["argument"],
         text=compiled.as_text,
     )
+
+
+@dataclasses.dataclass
+class Yardstick:
+    """A square matrix product that can be timed again and again."""
+
+    dtype: str
+    size: int
+    clock: Clock
+
+    @property
+    def operations(self) -> float:
+        """Of one product."""
+        return 2.0 * self.size**3
+
+    @property
+    def times(self) -> Times:
+        """All samples so far."""
+        return self.clock.times
+
+    @property
+    def rate(self) -> float:
+        """Operations per second, by the median of all samples so far."""
+        return self.operations / self.times.median
+
+    @classmethod
+    def make(cls, dtype: str, size: int, fill: float, precision: str | None = None) -> "Yardstick":
+        """A product of random matrices: some devices are faster on zeros.
+
+        Args:
+          dtype: of the matrices and of the result.
+          size: rows and columns.
+          fill: seconds that one sample lasts at least.
+          precision: as in `jax.lax.Precision`; None is JAX's default, which on NVIDIA hardware is TF32 for
+            float32.
+        """
+        key_a, key_b = jax.random.split(jax.random.key(0))
+        a = jax.random.normal(key_a, (size, size), jnp.dtype(dtype))
+        b = jax.random.normal(key_b, (size, size), jnp.dtype(dtype))
+        program = compile_program(lambda a, b: jnp.matmul(a, b, precision=precision), a, b)
+        return cls(dtype, size, Clock(lambda _: program.call(a, b), None, fill))
+
+    @classmethod
+    def best(cls, dtype: str, quick: bool, fill: float) -> "Yardstick":
+        """The fastest of a few sizes, multiplying as the agents do; it has three samples."""
+        made = [cls.make(dtype, size, fill, product_precision(dtype)) for size in product_sizes(quick)]
+        for each in made:
+            each.clock.take(3, budget=20.0)
+        return max(made, key=lambda each: each.rate)
+
+
+def product_sizes(quick: bool) -> tuple[int, ...]:
+    """Sizes of products that fill the device."""
+    if jax.default_backend() == "cpu":
+        return (512,) if quick else (1024, 2048, 3072)
+    return (4096,) if quick else (4096, 8192, 12288)

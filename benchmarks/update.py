@@ -6,28 +6,25 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks import operations
+from benchmarks.bench import Bench
 from benchmarks.machine import host_peak_bytes
-
-if TYPE_CHECKING:
-    from benchmarks.bench import Bench
 
 SECTION = "update"
 
 
-def run(bench: "Bench") -> None:
+def run(bench: Bench) -> None:
     """Everything about a single compiled update."""
     _compilation(bench)
     _speed(bench)
     _memory(bench)
 
 
-def _compilation(bench: "Bench") -> None:
+def _compilation(bench: Bench) -> None:
     """Tracing, lowering and compiling, with an empty and with a filled persistent cache."""
     report = bench.report
     bench.subject  # its own little programs are compiled before  # noqa: B018
@@ -71,8 +68,8 @@ def fresh_cache() -> Iterator[None]:
                 shutil.copytree(directory, usual, dirs_exist_ok=True)
 
 
-def _speed(bench: "Bench") -> None:
-    """Updates and yardstick by turns, so that both see the same machine."""
+def _speed(bench: Bench) -> None:
+    """Updates and yardstick interleaved, so that both see the same machine."""
     report, options, yardstick = bench.report, bench.options, bench.yardstick
     program, clock = bench.compile_update(), bench.update_clock()
     times = clock.take(options.repeats, options.budget, beside=yardstick.clock)
@@ -119,7 +116,7 @@ def _speed(bench: "Bench") -> None:
     }
 
 
-def _memory(bench: "Bench") -> None:
+def _memory(bench: Bench) -> None:
     report, program = bench.report, bench.compile_update()
     report.add(SECTION, "arguments", program.argument_bytes, "B", "state and replay")
     report.add(SECTION, "temporary memory", program.temp_bytes, "B", "as the compiler plans it")

@@ -1,20 +1,27 @@
-"""What all tests share: small sizes, and programs compiled once."""
+"""What all tests share: shape checks at run time, small sizes, and programs compiled once."""
 
 import dataclasses
 import os
 from typing import Any
+
+from tests.shape_checks import install
+
+install()  # before anything of the package is imported
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from twister_jax import replay
-from twister_jax.__main__ import keep_compiled_programs
-from twister_jax.agent import Agent, Transition
-from twister_jax.config import Config, TwisterConfig, TwisterModelConfig
+from twister_jax.agents import make_agent
+from twister_jax.agents.base import Agent
+from twister_jax.agents.twister.config import TwisterConfig, TwisterModelConfig
+from twister_jax.config import Config
 from twister_jax.envs.base import EnvSpec
-from twister_jax.twister.agent import make_agent
+from twister_jax.presets import make_config
+from twister_jax.replay import store
+from twister_jax.replay.store import Replay, Transition
+from twister_jax.runtime import keep_compiled_programs
 
 SPEC = EnvSpec(image_shape=(64, 64, 3), num_actions=4)
 
@@ -29,8 +36,8 @@ SMALL_MODEL = TwisterModelConfig(
     contrastive_steps=3,
     contrastive_size=8,
 )
-SMALL = Config(
-    precision="float32",
+SMALL = dataclasses.replace(
+    make_config(precision="float32"),
     algorithm=TwisterConfig(batch_size=3, batch_length=6, imagination_horizon=4, model=SMALL_MODEL),
 )
 
@@ -50,14 +57,14 @@ def random_steps(count: int, streams: int = 1, seed: int = 0, spec: EnvSpec = SP
     )
 
 
-def filled_replay(count: int = 40, streams: int = 2, seed: int = 0, spec: EnvSpec = SPEC) -> replay.Replay:
+def filled_replay(count: int = 40, streams: int = 2, seed: int = 0, spec: EnvSpec = SPEC) -> Replay:
     """A store holding random steps."""
-    store = replay.init(streams, count, spec.image_shape, spec.num_actions)
-    insert = jax.jit(replay.insert, donate_argnums=0)
+    replay = store.init(streams, count, spec.image_shape, spec.num_actions)
+    insert = jax.jit(store.insert, donate_argnums=0)
     steps = random_steps(count, streams, seed, spec)
     for index in range(count):
-        store = insert(store, jax.tree.map(lambda x, i=index: jnp.asarray(x[i]), steps))
-    return store
+        replay = insert(replay, jax.tree.map(lambda x, i=index: jnp.asarray(x[i]), steps))
+    return replay
 
 
 @dataclasses.dataclass

@@ -1,7 +1,10 @@
 """The benchmarks: their counts, their refusals, and that the whole thing runs at the smallest size."""
 
 import json
+import os
 import resource
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,13 +13,16 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from benchmarks import launches, loop, machine, operations, profiling, update
+from benchmarks import breakdown, convolutions, launches, loop, machine, operations, programs, update
 from benchmarks.__main__ import main
+from benchmarks.breakdown import Span
+from benchmarks.convolutions import Convolution
 from benchmarks.options import SECTIONS, make_config, parse
 from benchmarks.report import Report, Row
 from benchmarks.timing import Clock, Times
-from twister_jax.__main__ import keep_compiled_programs
-from twister_jax.nn.convolution import conv2d, conv2d_transpose
+from twister_jax.agents import AGENTS
+from twister_jax.nn.kernels import conv2d, conv2d_transpose
+from twister_jax.runtime import keep_compiled_programs, tracing_for
 
 SETTINGS = (
     "jax_compilation_cache_dir",
@@ -100,14 +106,16 @@ def test_debug_preset_runs_and_writes_what_is_promised(tmp_path, own_cache, caps
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("agent", ["twister", "twm"])
-def test_every_section_runs_for_both_agents(agent, tmp_path, own_cache):
+@pytest.mark.parametrize("agent", AGENTS)
+def test_every_section_runs_for_every_agent(agent, tmp_path, own_cache):
     path = tmp_path / "out.json"
     arguments = ["--agent", agent, "--preset", "debug", "--quick", "--all", "--loop-steps", "24"]
     assert main([*arguments, "--json", str(path), "--profile", str(tmp_path / "trace")]) == 0
     found = json.loads(path.read_text())
     assert {row["section"] for row in found["rows"]} == {*SECTIONS, "profile"}
     assert found["failed"] == {}
+    took = {row["name"]: row["value"] for row in found["rows"] if row["section"] == "breakdown"}
+    assert took["world_model"] > took["other"]  # the parts are found
     unmeasured = [row["name"] for row in found["rows"] if row["section"] == "growth" and row["value"] is None]
     assert not unmeasured
 
@@ -206,7 +214,7 @@ def test_the_loop_is_told_apart_from_its_updates(ratio):
         seconds += 0.2 + 0.6 * queued + (9.0 if step == 40 else 0.0)  # one slow step
         queued = int(ratio * (step + 1)) - updates
         updates += queued
-    loop.tell(bench, rounds, Times((0.6, 0.6, 7.0)), started=-3.0)
+    loop.report(bench, rounds, Times((0.6, 0.6, 7.0)), started=-3.0)
     values = {row.name: row.value for row in report.rows}
     assert values["start to first update"] == 3.0
     assert values["not the update, per environment step"] == pytest.approx(0.2)
@@ -227,7 +235,8 @@ def test_the_loop_is_told_apart_from_its_updates(ratio):
         (["--preset", "debug", "--batch-length", "2"], "algorithm.batch_length = 2: must exceed"),
         (["--preset", "debug", "--game", "Braekout"], "unknown game 'Braekout'"),
         (["--preset", "debug", "--precision", "half"], "precision = half: must be one of"),
-        (["--json", "/nowhere/at/all.json"], "not a file in an existing directory"),
+        (["--json", "/nowhere/at/all.json"], "not a regular file, or in no existing directory"),
+        (["--json", "/dev/null"], "not a regular file"),
     ],
 )
 def test_bad_flags_are_refused_in_one_line(arguments, message, capsys):
@@ -235,6 +244,43 @@ def test_bad_flags_are_refused_in_one_line(arguments, message, capsys):
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+
+
+def test_the_file_does_not_take_the_place_of_a_link(tmp_path, capsys):
+    (tmp_path / "link.json").symlink_to(tmp_path / "other.json")
+    assert main(["--json", str(tmp_path / "link.json")]) == 2
+    assert "not a regular file" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_a_failure_and_no_traceback(tmp_path, capsys):
+    report = Report({}, {}, tmp_path / "gone" / "out.json")
+    report.write()
+    assert "cannot be written" in report.failed["json"]
+    assert capsys.readouterr().err.count("\n") == 1
+    report.path.parent.mkdir()
+    report.write()
+    assert json.loads(report.path.read_text())["failed"] == {}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
+def test_a_table_that_nobody_can_read_ends_without_a_traceback():
+    def run(stdout):
+        command, buffered = (
+            [sys.executable, "-m", "benchmarks", "--help"],
+            os.environ | {"PYTHONUNBUFFERED": ""},
+        )
+        done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=buffered)
+        return done.returncode, done.stderr
+
+    with open("/dev/full", "w") as full:
+        code, said = run(full)
+    assert code == 1
+    assert said.count("\n") == 1
+    assert "No space left" in said
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert run(writer) == (141, "")
+    os.close(writer)
 
 
 def test_sizes_reach_the_configuration():
@@ -263,13 +309,27 @@ def test_operations_of_products_and_loops():
 
 @pytest.mark.parametrize("operator", [conv2d, conv2d_transpose])
 def test_operations_of_a_convolution_do_not_depend_on_its_formulation(operator):
-    def count(form):
-        return operations.count(
-            traced(lambda x, k: operator(x, k, stride=2, padding=1, form=form), (2, 8, 8, 3), (4, 4, 3, 5))
-        )
+    def count(device):
+        with tracing_for(device):
+            shapes = (2, 8, 8, 3), (4, 4, 3, 5)
+            return operations.count(traced(lambda x, k: operator(x, k, stride=2, padding=1), *shapes))
 
     pixels = 8 * 8 if operator is conv2d_transpose else 4 * 4
-    assert count("plain") == count("dense") == 2 * 2 * pixels * 4 * 4 * 3 * 5
+    assert count("gpu") == count("cpu") == 2 * 2 * pixels * 4 * 4 * 3 * 5
+
+
+def test_convolutions_are_found_in_what_the_agent_draws():
+    config = make_config(parse(["--preset", "debug"]))
+    channels = [3, 4, 8, 16, 32]
+    down = [
+        Convolution(False, (64 >> i, 64 >> i, channels[i]), (4, 4, channels[i], channels[i + 1]), 2, 1)
+        for i in range(4)
+    ]
+    up = [
+        Convolution(True, (4 << i, 4 << i, channels[4 - i]), (4, 4, channels[4 - i], channels[3 - i]), 2, 1)
+        for i in range(4)
+    ]
+    assert convolutions.layers(config) == [*down, *up]
 
 
 def test_a_clock_threads_its_carry():
@@ -309,49 +369,91 @@ def test_rows_are_told_in_readable_units():
     )
 
 
-def event(name, start, length, thread=1, process=1, **args):
-    return {"ph": "X", "pid": process, "tid": thread, "ts": start, "dur": length, "name": name, "args": args}
+def event(name, start, length, **stats):
+    return SimpleNamespace(name=name, start_ns=start, duration_ns=length, stats=list(stats.items()))
 
 
-def label(kind, name, process, thread=None):
-    return {"ph": "M", "pid": process, "tid": thread, "name": f"{kind}_name", "args": {"name": name}}
+def trace_of(planes):
+    """Plane -> line -> events, as `jax.profiler.ProfileData` gives them."""
+    return SimpleNamespace(
+        planes=[
+            SimpleNamespace(name=name, lines=[SimpleNamespace(name=n, events=e) for n, e in lines.items()])
+            for name, lines in planes.items()
+        ]
+    )
 
 
 def test_profile_counts_operations_without_what_runs_inside_them():
-    events = [
-        label("process", "/host:CPU", 1),
-        label("thread", "tf_XLAEigen/1", 1, 1),
-        event("while.1", 0, 10, hlo_op="while.1"),
-        event("dot.2", 1, 4, hlo_op="dot.2"),
-        event("dot.2", 5, 4, hlo_op="dot.2"),
-        event("end: dot.2", 9, 1),
-        event("dot.2", 0, 3, thread=2, hlo_op="dot.2"),
-    ]
-    times = profiling.operation_times(events)
+    first = [Span(0, 10, "while.1"), Span(1, 4, "dot.2"), Span(5, 4, "dot.2")]
+    times = breakdown.operation_times([first, [Span(0, 3, "dot.2")]])
     assert list(times) == ["while.1", "dot.2"]
-    assert times["while.1"] == pytest.approx([2e-6])
-    assert times["dot.2"] == pytest.approx([3e-6, 4e-6, 4e-6])
+    assert times["while.1"] == pytest.approx([2e-9])
+    assert times["dot.2"] == pytest.approx([3e-9, 4e-9, 4e-9])
 
 
 def test_profile_leaves_the_first_update_out():
     times = {"dot": [9.0, 9.0, 1.0, 2.0, 1.0, 2.0, 1.0, 2.0], "add": [8.0, 3.0, 3.0, 3.0]}
-    kept = profiling.without_first_update(times)
+    kept = breakdown.without_first_update(times)
     assert kept == {"dot": [1.0, 2.0] * 3, "add": [3.0] * 3}
 
 
+def test_profile_of_a_cpu_reads_the_operations_on_its_threads():
+    python = [event("update", 0, 99)]
+    worker = [event("dot.2", 0, 5, hlo_op="dot.2", run_id=1), event("end: dot.2", 5, 1)]
+    trace = trace_of({"/host:CPU": {"python": python, "tf_XLAEigen/1": worker}})
+    assert breakdown.threads(trace) == [[], [Span(0, 5, "dot.2")]]
+
+
 def test_profile_of_an_accelerator_reads_its_streams():
-    events = [
-        label("process", "/host:CPU", 1),
-        label("process", "/device:GPU:0", 2),
-        label("thread", "Stream #13(Compute)", 2, 13),
-        label("thread", "XLA Ops", 2, 14),
-        event("gemm_kernel", 0, 5, thread=13, process=2, hlo_op="dot.2"),
-        event("dot.2", 0, 5, thread=14, process=2, hlo_op="dot.2"),
-        event("Memset", 5, 1, thread=13, process=2),
-        event("launch", 0, 9, hlo_op="dot.2"),
-    ]
-    times = profiling.operation_times(events)
-    assert times == {"dot.2": [pytest.approx(5e-6)], "Memset": [pytest.approx(1e-6)]}
+    stream = [event("gemm_kernel", 0, 5, hlo_op="dot.2"), event("Memset", 5, 1)]
+    device = {"Stream #13(Compute)": stream, "XLA Ops": [event("dot.2", 0, 5, hlo_op="dot.2")]}
+    host = {"python": [event("launch", 0, 9, hlo_op="dot.2")]}
+    trace = trace_of({"/host:CPU": host, "/device:GPU:0": device})
+    assert breakdown.threads(trace) == [[Span(0, 5, "dot.2"), Span(5, 1, "Memset")]]
+
+
+def test_parts_are_read_from_the_scopes_that_operations_were_traced_in():
+    def update(x):
+        with jax.named_scope("model"):
+            x = jax.grad(lambda x: jnp.sum(jnp.tanh(x @ x) @ x))(x)
+        with jax.named_scope("dream"):
+            x = jax.lax.fori_loop(0, 3, lambda _, x: jnp.sin(x @ x), x)
+        return jnp.sort(x)
+
+    text = jax.jit(update).lower(jnp.ones((64, 64))).compile().as_text()
+    found = programs.parts(text, ("model", "dream"))
+    sources = programs.source_lines(text)
+    of = {
+        part: {sources.get(name, "") for name in found if found[name] == part} for part in ("model", "dream")
+    }
+    assert any("transpose" in source or source.startswith("<-") for source in of["model"])
+    assert any("while" in source for source in of["dream"])
+    assert not any("sort" in source for source in of["model"] | of["dream"])
+    assert programs.parts(text, ()) == {}
+
+
+PARTS = """HloModule jit_update
+
+%inside (x: f32[2]) -> f32[2] {
+  %a = f32[2]{0} add(%x, %x), metadata={op_name="jit(update)/dream/add"}
+  %b = f32[2]{0} add(%a, %x), metadata={op_name="jit(update)/dream/add"}
+  ROOT %c = f32[2]{0} add(%b, %x), metadata={op_name="jit(update)/model/add"}
+}
+
+ENTRY %main (x: f32[2]) -> f32[2] {
+  %backward = f32[2]{0} negate(%x), metadata={op_name="jit(update)/transpose(jvp(model))/neg"}
+  %nested = f32[2]{0} negate(%x), metadata={op_name="jit(update)/model/while/body/dream/neg"}
+  %function = f32[2]{0} negate(%x), metadata={op_name="jit(update)/jit(dream)/neg"}
+  %unknown = f32[2]{0} fusion(%x), kind=kLoop, calls=%inside
+  ROOT %known = f32[2]{0} fusion(%x), kind=kLoop, calls=%inside, metadata={op_name="jit(update)/model/add"}
+}
+"""
+
+
+def test_parts_of_gradients_nested_scopes_and_fusions():
+    found = programs.parts(PARTS, ("model", "dream"))
+    outside = {name: part for name, part in found.items() if len(name) > 1}
+    assert outside == {"backward": "model", "nested": "dream", "unknown": "dream", "known": "model"}
 
 
 PROGRAM = """HloModule jit_update
@@ -378,7 +480,7 @@ StackFrames
 
 
 def test_operations_are_named_after_their_source():
-    assert profiling.source_names(PROGRAM) == {
+    assert programs.source_lines(PROGRAM) == {
         "dot.1": "<- nn/layers.py:70 Head.__call__",
         "copy.2": "copy",
     }

@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 
 import twister_jax
-from twister_jax.__main__ import checked, main, one_line, read_config, split_flags
-from twister_jax.config import BASES, make_config, to_dict
+from twister_jax.cli import main, read_flags
+from twister_jax.fields import describe
+from twister_jax.presets import make_config
 
 ROOT = Path(__file__).parents[1]
 
 
-def run(*arguments, **environment):
+def run(*arguments, module="twister_jax", **environment):
     return subprocess.run(
-        [sys.executable, "-m", "twister_jax", *map(str, arguments)],
+        [sys.executable, "-m", module, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=300,
@@ -32,7 +33,8 @@ REFUSALS = [
     (["train", "--game", "Braekout"], "Breakout"),
     (["train", "--gmae", "Pong"], "unknown option --gmae (did you mean game?)"),
     (["train", "--train.stepz", "3"], "did you mean train.steps"),
-    (["train", "--steps", "3"], "did you mean train.steps"),
+    (["train", "--num-envs", "3"], "unknown option --num-envs (did you mean"),
+    (["train", "--"], "unknown option --"),
     (["train", "Pong"], "unknown argument 'Pong'"),
     (["train", "--agent", "twn"], "unknown agent 'twn' (did you mean twm?)"),
     (["train", "--preset", "cpo"], "unknown preset 'cpo' (did you mean cpu?)"),
@@ -44,11 +46,14 @@ REFUSALS = [
     (["train", "--env.grayscale", "maybe"], "env.grayscale = maybe: must be True or False"),
     (["train", "--precision", "half"], "precision = half: must be one of auto, float32, bfloat16"),
     (["train", "--algorithm.crop-area", "1"], "--algorithm.crop_area takes 2 values, not 1"),
-    (["train", "--preset", "paper", "--train.steps", "0"], "train.steps = 0: must be at least 1"),
+    (["train", "--preset", "paper", "--train.steps", "0"], "train.steps = 0: must be between 1 and"),
+    (["train", "--preset", "paper", "--train.steps", "1.7e308"], "train.steps = 1.7e308: must be a whole"),
+    (["train", "--preset", "paper", "--env.noop-max", "1e19"], "must be a whole number"),
+    (["train", "--preset", "paper", "--algorithm.batch-size", "1e10"], "must be between 1 and"),
     (["train", "--preset", "cpu", "--algorithm.model.hidden-size", "250"], "must be divisible by"),
     (["evaluate"], "--logdir is missing"),
     (["evaluate", "--logdir", "/nowhere/at/all"], "is not a run directory"),
-    (["evaluate", "--logdir", "x", "--episodes", "-1"], "episodes = -1"),
+    (["evaluate", "--logdir", "x", "--episodes", "-1"], "episodes = -1: must be between 0"),
     (["parity"], "--file is missing"),
     (["parity", "/nowhere.npz"], "no such file"),
     (["doctor", "--fast", "1"], "unknown option --fast"),
@@ -77,7 +82,7 @@ def test_a_refusal_is_quick_and_has_no_traceback(tmp_path):
 
 def test_help_and_refusals_do_not_import_jax():
     code = (
-        "import sys; from twister_jax.__main__ import main\n"
+        "import sys; from twister_jax.cli import main\n"
         "codes = [main(['train', '--preset', 'debug', '--train.steps', '0'])]\n"
         "codes += [main(['train', '--gam', 'x'])]\n"
         "try: main(['train', '--help'])\n"
@@ -100,16 +105,14 @@ def test_help_lists_every_field_with_default_and_meaning(agent, capsys):
         main(["train", "--agent", agent, "--preset", "paper", "--help"])
     assert end.value.code == 0
     said = capsys.readouterr().out
-    from twister_jax.config import flatten
-
-    for name, _ in flatten(BASES[agent, "paper"]):
+    for name in describe(make_config(agent, "paper")):
         assert "--" + name.replace("_", "-") in said, name
-    assert "Agent steps of the whole run" in said
-    assert "(default: 100000)" in said
+    assert "Agent steps of the whole run" in " ".join(said.split())
+    assert "(default: 100000; between 1 and 1000000000)" in " ".join(said.split())
 
 
 def test_flags_choose_and_change_a_preset():
-    config = read_config(
+    config = read_flags(
         [
             "--preset",
             "debug",
@@ -123,9 +126,9 @@ def test_flags_choose_and_change_a_preset():
     assert (config.preset, config.game, config.train.steps) == ("debug", "MsPacman", 1000)
     assert config.algorithm.model.hidden_size == 64
     assert config.algorithm.batch_size == make_config("twister", "debug").algorithm.batch_size
-    config = read_config(["--agent", "twm", "--preset", "debug", "--algorithm.model.actor", "8", "8", "8"])
+    config = read_flags(["--agent", "twm", "--preset", "debug", "--algorithm.model.actor", "8", "8", "8"])
     assert config.algorithm.model.actor == (8, 8, 8)
-    config = read_config(["--preset", "debug", "--train.tensorboard", "false", "--env.grayscale", "True"])
+    config = read_flags(["--preset", "debug", "--train.tensorboard", "false", "--env.grayscale", "True"])
     assert (config.train.tensorboard, config.env.grayscale) == (False, True)
 
 
@@ -134,28 +137,19 @@ def test_without_an_accelerator_the_preset_is_cpu_and_it_is_said(capsys):
 
     if jax.default_backend() != "cpu":
         pytest.skip("this machine has an accelerator")
-    assert read_config([]).preset == "cpu"
+    assert read_flags([]).preset == "cpu"
     assert "no accelerator: preset cpu" in capsys.readouterr().out
 
 
-def test_splitting_flags():
-    assert split_flags(["x", "--a-b.c-d", "1", "-2", "--e=f=g", "--h"]) == [
-        ("", ["x"]),
-        ("a_b.c_d", ["1", "-2"]),
-        ("e", ["f=g"]),
-        ("h", []),
-    ]
+def test_a_last_part_that_is_unique_is_enough():
+    config = read_flags(["--preset", "debug", "--steps", "500", "--episodes=7", "--discount", "0.9"])
+    assert (config.train.steps, config.evaluation.episodes, config.algorithm.discount) == (500, 7, 0.9)
 
 
-def test_tyros_boxes_become_one_line():
-    assert (
-        one_line("╭─ Oh ──╮\n│ That is │\n│ wrong.  │\n│ ─────── │\n│ Help    │\n╰─────────╯\n")
-        == "That is wrong"
-    )
-
-
-def test_help_wins_over_other_flags():
-    assert checked(BASES["twister", "paper"], ["--seed", "x", "--help"], "train") == ["--help"]
+def test_help_wins_over_other_flags(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--seed", "x", "--help"])
+    assert "--train.steps" in capsys.readouterr().out
 
 
 def test_an_unwritable_directory_is_refused(tmp_path):
@@ -171,7 +165,7 @@ def test_an_unwritable_directory_is_refused(tmp_path):
     [
         ("{", "cannot be read"),
         ("[]", "not a configuration"),
-        ('{"agent": "dqn"}', "must be one of twister, twm"),
+        ('{"agent": "dqn", "preset": "paper", "game": "Pong"}', "one of twister, twm"),
     ],
 )
 def test_evaluating_a_foreign_directory_is_refused(tmp_path, content, message, capsys):
@@ -182,7 +176,7 @@ def test_evaluating_a_foreign_directory_is_refused(tmp_path, content, message, c
 
 def test_evaluating_a_run_without_checkpoints_is_refused(tmp_path, capsys):
     config = make_config("twister", "debug", game="Catch", precision="float32", logdir=str(tmp_path))
-    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     assert main(["evaluate", "--logdir", str(tmp_path)]) == 2
     assert "no checkpoint" in capsys.readouterr().err
 
@@ -202,9 +196,20 @@ def test_doctor_says_what_is_wrong(capsys, monkeypatch):
 
 def test_the_compilation_cache_may_be_unwritable(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    done = run("evaluate", "--logdir", tmp_path, TWISTER_JAX_CACHE=str(tmp_path / "file" / "cache"))
-    assert done.returncode == 2
-    assert "is not a run directory" in done.stderr
+    flags = ["--preset", "debug", "--game", "Catch", "--steps", "70", "--report-every", "0"]
+    arguments = ["train", "--agent", "minimal", *flags, "--logdir", tmp_path / "run"]
+    done = run(*arguments, module="tests.third", TWISTER_JAX_CACHE=str(tmp_path / "file" / "cache"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "evaluation.json").exists()
+
+
+def test_a_closed_or_full_output_ends_neither_help_nor_a_refusal():
+    for arguments in (["train", "--help"], ["--help"], ["trian"]):
+        command = [sys.executable, "-m", "twister_jax", *arguments]
+        for redirect in (">/dev/full 2>/dev/full", ">&- 2>&-", "| head -1"):
+            shell = f"{' '.join(command)} {redirect}"
+            done = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, cwd=ROOT)
+            assert "Traceback" not in done.stderr + done.stdout, shell
 
 
 def test_the_package_exports_what_it_lists():

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from benchmarks.subject import make_subject, update_keys
-from twister_jax import config as configs
+from twister_jax.presets import complete, make_config
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA's CPU backend")
 @pytest.mark.parametrize("agent", ["twister", "twm"])
 def test_library_fusions_do_not_change_an_update(agent):
-    config = configs.complete(configs.make_config(agent, "cpu", game="Pong"), "cpu")
+    config = complete(make_config(agent, "cpu", game="Pong"))
     subject = make_subject(config, 1_000)
     arguments = subject.state, subject.replay, update_keys(config, 1)[0]
     lowered = jax.jit(subject.agent.update).lower(*arguments)

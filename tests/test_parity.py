@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from tests.conftest import SPEC
-from twister_jax import parity
+from twister_jax import parity, runtime
+from twister_jax.agents.fixtures import Row, published_weights, relative_error
+from twister_jax.agents.twister.parity import config_of
+from twister_jax.agents.twister.weights import load_published, to_published
 from twister_jax.errors import UserError
-from twister_jax.twister.interop import load_published, to_published
-from twister_jax.twister.parity import config_of
+from twister_jax.nn import cpu_convolutions, cpu_epilogues
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -31,6 +33,18 @@ def test_twister_agrees_in_everything_the_fixture_holds(capsys):
     assert all(line.endswith("ok") for line in printed[:-1])
 
 
+@pytest.mark.parametrize("agent", ["twister", "twm"])
+def test_the_formulation_of_accelerators_agrees_as_well(agent, monkeypatch):
+    """Plain library calls, with the gradients that JAX makes of them."""
+    for module in (cpu_convolutions, cpu_epilogues):
+        for name in ("conv2d", "conv2d_transpose", "apply"):
+            monkeypatch.delattr(module, name, raising=False)
+    with runtime.tracing_for("gpu"):
+        rows = parity.check(FIXTURES / f"{agent}_small.npz")
+    assert len(rows) >= 200
+    assert [row for row in rows if not row.ok] == []
+
+
 def test_a_wrong_weight_is_noticed(tmp_path, capsys):
     with np.load(FIXTURES / "twister_small.npz") as archive:
         arrays = {name: archive[name] for name in archive.files}
@@ -46,11 +60,7 @@ def test_a_wrong_weight_is_noticed(tmp_path, capsys):
 def test_importing_and_exporting_published_weights_are_inverse(twister):
     sizes, fixture = twister
     config = config_of(sizes).model
-    weights = {
-        name.removeprefix("param/"): value.astype(np.float32)
-        for name, value in fixture.items()
-        if name.startswith("param/")
-    }
+    weights = published_weights(fixture)
     spec = SPEC.__class__(image_shape=(64, 64, 3), num_actions=sizes["num_actions"])
     groups = load_published(weights, config, spec)
     exported = {}
@@ -64,7 +74,7 @@ def test_importing_and_exporting_published_weights_are_inverse(twister):
 def test_published_weights_that_do_not_fit_are_refused(twister):
     sizes, fixture = twister
     config = config_of(sizes).model
-    weights = {n.removeprefix("param/"): v for n, v in fixture.items() if n.startswith("param/")}
+    weights = published_weights(fixture)
     spec = SPEC.__class__(image_shape=(64, 64, 3), num_actions=sizes["num_actions"])
     narrow = weights | {"rssm.dynamics_predictor.weight": weights["rssm.dynamics_predictor.weight"][:, :-1]}
     with pytest.raises(UserError, match=r"prior_logits.*should be"):
@@ -90,5 +100,5 @@ def test_an_archive_without_a_configuration_is_refused(tmp_path):
 
 
 def test_relative_error_never_broadcasts():
-    assert parity.relative_error(np.zeros(3), np.zeros((3, 1))) == float("inf")
-    assert not parity.Row("x", float("nan"), 1.0).ok
+    assert relative_error(np.zeros(3), np.zeros((3, 1))) == float("inf")
+    assert not Row("x", float("nan"), 1.0).ok

@@ -10,11 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from twister_jax.agents import make_agent
-from twister_jax.config import from_dict
-from twister_jax.envs import make_vector_env
-from twister_jax.training.checkpoint import Checkpointer
-from twister_jax.training.state import OnDevice
+from twister_jax.training.load import load_run
 
 SETTINGS = {
     "game": "Breakout",
@@ -26,7 +22,7 @@ SETTINGS = {
     "train.tensorboard": False,
     "evaluation.episodes": 1,
     "evaluation.num-envs": 1,
-    "evaluation.time-limit-frames": 80,
+    "env.evaluation-time-limit-frames": 80,
 }
 # Rows of metrics.jsonl after which the process is killed; the first 20 of TWM's are its pre-training's.
 KILLS = {"twister": (4,), "twm": (3, 32)}
@@ -51,10 +47,7 @@ def final_visits(directory):
 
 
 def final_state(directory):
-    config = from_dict(json.loads((directory / "config.json").read_text()), "config.json")
-    env = make_vector_env(config.game, config.env, 1, 0)
-    shapes = OnDevice.shapes(make_agent(config, env.spec), env.spec, 1)
-    return Checkpointer(directory / "checkpoints").load_state(shapes)[0]
+    return load_run(directory).state
 
 
 @pytest.mark.parametrize("agent", ["twister", pytest.param("twm", marks=pytest.mark.slow)])

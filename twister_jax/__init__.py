@@ -1,11 +1,11 @@
-"""Transformer world-model agents from pixels in JAX: TWISTER and TWM.
+"""Transformer world-model agents from pixels in JAX.
 
 A notebook needs these names, and nothing else is public:
 
     import jax
     import twister_jax as tj
 
-    config = tj.make_config("twister", "debug", game="Catch")
+    config = tj.make_config(preset="debug")
     env = tj.make_vector_env(config.game, config.env, num_envs=1, seed=0)
     agent = tj.make_agent(config, env.spec)
     state = jax.jit(agent.init)(tj.key_for(config.seed, tj.Purpose.INIT))
@@ -18,29 +18,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from twister_jax.agent import Agent, Observation, Transition
     from twister_jax.agents import make_agent
-    from twister_jax.config import Config, make_config, validate
+    from twister_jax.agents.base import Agent, Observation
+    from twister_jax.config import Config
     from twister_jax.envs import make_vector_env
     from twister_jax.errors import UserError
+    from twister_jax.presets import make_config, validate
     from twister_jax.randomness import Purpose, key_for
-    from twister_jax.replay import Replay
+    from twister_jax.replay.store import Replay, Transition
+    from twister_jax.training.load import load_run
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
-    "Agent": "agent",
+    "Agent": "agents.base",
     "Config": "config",
-    "Observation": "agent",
+    "Observation": "agents.base",
     "Purpose": "randomness",
-    "Replay": "replay",
-    "Transition": "agent",
+    "Replay": "replay.store",
+    "Transition": "replay.store",
     "UserError": "errors",
     "key_for": "randomness",
+    "load_run": "training.load",
     "make_agent": "agents",
-    "make_config": "config",
+    "make_config": "presets",
     "make_vector_env": "envs",
-    "validate": "config",
+    "validate": "presets",
 }
 
 __all__ = [
@@ -52,6 +55,7 @@ __all__ = [
     "Transition",
     "UserError",
     "key_for",
+    "load_run",
     "make_agent",
     "make_config",
     "make_vector_env",

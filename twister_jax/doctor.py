@@ -1,4 +1,4 @@
-"""`python -m twister_jax doctor`: can this machine run everything, and if not, what mends it."""
+"""`python -m twister_jax doctor`: can this machine run everything, and if not, what fixes it."""
 
 import importlib.metadata
 import os
@@ -15,13 +15,12 @@ NEEDED = {
     "optax": (0, 2, 6),
     "orbax-checkpoint": (0, 11),
     "ale-py": (0, 11),
-    "tyro": (1, 0),
 }
 """Oldest versions that work, as in pyproject.toml."""
 
 
 class Finding(Exception):
-    """What is wrong, and how to mend it."""
+    """What is wrong, and how to fix it."""
 
 
 def main() -> int:
@@ -70,8 +69,8 @@ def check_device() -> str:
     devices = jax.devices()
     if jax.default_backend() == "cpu" and Path("/proc/driver/nvidia/version").exists():
         raise Finding(
-            "there is an NVIDIA GPU, but JAX sees only the CPU: `pip install -e '.[cuda]'`, "
-            "and look whether JAX_PLATFORMS is set"
+            "there is an NVIDIA GPU, but JAX sees only the CPU: `make install` installs JAX for its driver; "
+            "also look whether JAX_PLATFORMS is set"
         )
     kind = f"{len(devices)} x {devices[0].device_kind} ({jax.default_backend()})"
     stats = devices[0].memory_stats() or {}
@@ -93,25 +92,26 @@ def check_compile() -> str:
     return f"compiled and ran in {time.perf_counter() - started:.2f} s"
 
 
-def check_emulator() -> str:
-    """The emulator starts, and a step changes what is seen."""
+def check_environments() -> str:
+    """The default game starts, and a step changes what is seen."""
     import numpy as np
 
-    from twister_jax.config import EnvConfig
-    from twister_jax.envs import make_vector_env
+    from twister_jax import envs
 
-    env = make_vector_env("Breakout", EnvConfig(), 1, 0)
+    env = envs.make_vector_env(envs.DEFAULT_GAME, None, 1, 0)
     try:
         env.reset()
-        step = env.step(np.zeros(1, np.int64))
+        actions = env.spec.random_actions(np.random.default_rng(0), 1)
+        step = env.step(env.spec.to_env(actions))
     finally:
         env.close()
-    return f"one step of Breakout: {'x'.join(map(str, step.image.shape[1:]))}, {env.spec.num_actions} actions"
+    shape = "x".join(map(str, step.image.shape[1:]))
+    return f"one step of {envs.DEFAULT_GAME}: {shape}, {env.spec.num_actions} actions"
 
 
 def check_files() -> str:
     """Runs and the compilation cache can be written."""
-    from twister_jax.__main__ import cache_directory
+    from twister_jax.runtime import cache_directory
 
     for what, path in (("runs", Path("runs")), ("the compilation cache", cache_directory("cpu"))):
         there = path.absolute()
@@ -121,8 +121,8 @@ def check_files() -> str:
             with tempfile.TemporaryFile(dir=there) as file:
                 file.write(b"0")
         except OSError as error:
-            mend = "name another with LOGDIR=" if what == "runs" else "name another with TWISTER_JAX_CACHE="
-            raise Finding(f"{there}, for {what}, cannot be written ({error.strerror}): {mend}") from None
+            fix = "name another with LOGDIR=" if what == "runs" else "name another with TWISTER_JAX_CACHE="
+            raise Finding(f"{there}, for {what}, cannot be written ({error.strerror}): {fix}") from None
     return "the current directory and the compilation cache can be written"
 
 
@@ -131,6 +131,6 @@ CHECKS: dict[str, Callable[[], str]] = {
     "packages": check_versions,
     "device": check_device,
     "compile": check_compile,
-    "emulator": check_emulator,
+    "games": check_environments,
     "files": check_files,
 }

@@ -2,6 +2,6 @@
 
 
 class UserError(Exception):
-    """Something the user can mend: the command line prints it as one line and ends with `exit_code`."""
+    """Something the user can fix: the command line prints it as one line and ends with `exit_code`."""
 
     exit_code = 2

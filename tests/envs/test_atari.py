@@ -12,8 +12,7 @@ import pytest
 from ale_py import Action
 
 from tests.envs.test_area_resize import slow_area
-from twister_jax.envs.atari import AtariEnv
-from twister_jax.envs.games import rom_path
+from twister_jax.envs.atari import AtariEnv, rom_path
 
 RESET = "reset"
 
@@ -238,7 +237,7 @@ def test_sticky_actions_repeat_the_action_that_was_played(scripted):
     env, ale = scripted(sticky_actions=0.25, seed=1)
     env.reset()
     wanted = np.random.default_rng(0).integers(0, 4, 3000)
-    for action in wanted:
+    for action in wanted.tolist():
         env.step(action)
     played, wanted = np.array(ale.log[1:]), np.array([0, 1, 3, 4])[wanted].repeat(4)
     before = np.concatenate([[0], played[:-1]])
@@ -284,7 +283,7 @@ def test_images_are_those_of_the_emulator(game, grayscale):
     env, raw = AtariEnv(game, 0, noop_max=0, grayscale=grayscale), Raw(game)
     np.testing.assert_array_equal(env.reset().image, slow_area(raw.screen(grayscale), 64))
     order_matters = False
-    for action in np.random.default_rng(0).integers(0, len(raw.actions), 25):
+    for action in np.random.default_rng(0).integers(0, len(raw.actions), 25).tolist():
         frames = []
         for _ in range(4):
             raw.frame(raw.actions[action])
@@ -313,7 +312,7 @@ def test_no_step_is_lost_or_doubled_and_scores_are_the_emulators(game, settings)
     expect_reset, fresh, episodes = True, True, 0
     score = length = frames = 0
     for _ in range(1000):
-        action = rng.integers(env.spec.num_actions)
+        action = int(rng.integers(env.spec.num_actions))
         step = env.step(action)
         assert step.is_first == expect_reset
         if fresh:
@@ -384,7 +383,7 @@ def test_a_saved_game_goes_on_the_same_in_a_new_process(game, settings, tmp_path
 @pytest.mark.parametrize(("game", "settings"), EXACT)
 def test_a_saved_game_goes_on_the_same_from_every_moment(game, settings, monkeypatch):
     """Also right after a lost life, a game over and a cut, and across them and the emulator's reboots."""
-    monkeypatch.setattr("twister_jax.envs.atari._REBOOT_AFTER", 300)
+    monkeypatch.setattr("twister_jax.envs.emulator._REBOOT_AFTER", 300)
     settings = {**settings, "time_limit_frames": 240}
     env, other = AtariEnv(game, 3, **settings), AtariEnv(game, 4, **settings)
     rng = np.random.default_rng(0)
@@ -406,7 +405,7 @@ def test_a_long_record_is_dropped_by_switching_the_emulator_off_and_on(monkeypat
     env = AtariEnv("Breakout", 0, time_limit_frames=40, noop_max=0)
     digest(env, [2] * 33)  # three cut games of ten steps and a reset each
     kept = len(env._emulator.get_state()["record"])
-    monkeypatch.setattr("twister_jax.envs.atari._REBOOT_AFTER", 100)
+    monkeypatch.setattr("twister_jax.envs.emulator._REBOOT_AFTER", 100)
     step = env.step(2)
     assert step.is_first
     assert len(env._emulator.get_state()["record"]) < kept

@@ -113,8 +113,8 @@ def test_two_hot_mean_of_a_certain_bin_and_of_zero_logits():
 @pytest.mark.parametrize("value", [-7.3, 0.0, 0.4, 123.0])
 def test_two_hot_loss_is_least_where_the_mean_is_the_target(value):
     """At the optimum the probabilities are the two-hot weights: no gradient, and the mean is the target."""
-    place = (float(symlog(jnp.float32(value))) + 20) / 40 * 254
-    weights = np.maximum(0.0, 1.0 - np.abs(place - np.arange(255)))
+    position = (float(symlog(jnp.float32(value))) + 20) / 40 * 254
+    weights = np.maximum(0.0, 1.0 - np.abs(position - np.arange(255)))
     logits = jnp.log(jnp.asarray(weights, jnp.float32) + 1e-12)
     gradient = jax.grad(lambda x: SymlogTwoHot(x).log_prob(jnp.float32(value)))(logits)
     np.testing.assert_allclose(gradient, 0.0, atol=1e-4)

@@ -1,4 +1,4 @@
-"""The linear layer against Flax's, rounding ahead of a loop, and the norm's variance."""
+"""The linear layer against Flax's, kernels cast ahead of a loop, and the norm's variance."""
 
 import chex
 import jax
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.nn.test_rowwise import value_and_gradients
-from twister_jax.nn.layers import Head, Linear, layer_norm, logits_init, rounded
+from tests.nn.helpers import value_and_gradients
+from twister_jax.nn.layers import Head, Linear, cast_kernels, layer_norm, logits_init
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3), (2, 1, 3)])
@@ -28,12 +28,12 @@ def test_linear_equals_flax_with_all_gradients(shape, use_bias):
     chex.assert_trees_all_close(run(Linear), run(nnx.Linear), rtol=1e-5, atol=1e-5)
 
 
-def test_rounding_ahead_changes_no_result_and_not_the_network():
+def test_casting_kernels_changes_no_result_and_not_the_network():
     kinds = {"output_init": logits_init, "dtype": jnp.bfloat16}
     head = Head(6, 8, 4, **kinds, rngs=nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 6)), jnp.float32)
     before = nnx.split(head)[1]
-    ahead = rounded(head)
+    ahead = cast_kernels(head)
     np.testing.assert_array_equal(ahead(x), head(x))
     for layer in (ahead.output, ahead.trunk[0].linear):
         assert layer.kernel[...].dtype == jnp.bfloat16
@@ -42,16 +42,16 @@ def test_rounding_ahead_changes_no_result_and_not_the_network():
     chex.assert_trees_all_equal_dtypes(nnx.split(head)[1], before)
 
 
-def test_a_loop_rounds_nothing_that_was_rounded_ahead():
+def test_a_loop_casts_no_kernel_that_was_cast_ahead():
     head = Head(6, 8, 6, output_init=logits_init, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     graph, params = nnx.split(head)
 
     def rolled(params, x, ahead):
         network = nnx.merge(graph, params)
-        network = rounded(network) if ahead else network
+        network = cast_kernels(network) if ahead else network
         return jax.lax.scan(lambda x, _: (network(x), None), x, None, length=3)[0]
 
-    def rounds_inside(ahead):
+    def casts_inside(ahead):
         loop = jax.make_jaxpr(rolled, static_argnums=2)(params, jnp.ones((2, 6)), ahead).eqns[-1]
         inside = loop.params["jaxpr"].eqns
         assert loop.primitive.name == "scan"
@@ -59,8 +59,8 @@ def test_a_loop_rounds_nothing_that_was_rounded_ahead():
         casts = [eqn for eqn in inside if eqn.primitive.name == "convert_element_type"]
         return [eqn for eqn in casts if eqn.invars[0].aval.shape in kernels]
 
-    assert len(rounds_inside(ahead=False)) == 3
-    assert rounds_inside(ahead=True) == []
+    assert len(casts_inside(ahead=False)) == 3
+    assert casts_inside(ahead=True) == []
 
 
 def test_the_variance_survives_a_large_mean():

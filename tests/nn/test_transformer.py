@@ -1,4 +1,6 @@
-"""Masks, the relative shift, and the whole window against one step at a time."""
+"""Masks, episode boundaries, and the whole window against one step at a time."""
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +10,8 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twister_jax.nn.transformer import (
-    Transformer,
-    attention_mask,
-    by_distance_to_by_key,
-    place_scores,
-    sinusoids,
-)
+from twister_jax.nn.attention import Dropout
+from twister_jax.nn.transformer import Transformer, attention_mask
 
 BATCH, LENGTH, HIDDEN, CONTEXT = 3, 12, 16, 4
 
@@ -35,27 +32,6 @@ def inputs():
 
 def first_at(*positions):
     return jnp.zeros((BATCH, LENGTH), bool).at[1, jnp.asarray(positions, int)].set(True)
-
-
-def test_sinusoids_interleave_sine_and_cosine():
-    table = sinusoids(5, 8)
-    for d in range(5):
-        for k in range(4):
-            angle = d / 10000 ** (2 * k / 8)
-            np.testing.assert_allclose(table[d, 2 * k], np.sin(angle), atol=1e-6)
-            np.testing.assert_allclose(table[d, 2 * k + 1], np.cos(angle), atol=1e-6)
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.integers(1, 9), st.integers(1, 6))
-def test_relative_shift_against_indexing(length, distances):
-    scores = np.random.default_rng(0).normal(size=(2, length, distances))
-    shifted = np.asarray(by_distance_to_by_key(jnp.asarray(scores)))
-    assert shifted.shape == (2, length, length)
-    for i in range(length):
-        for j in range(length):
-            if 0 <= i - j < distances:
-                np.testing.assert_allclose(shifted[:, i, j], scores[:, i, i - j], rtol=1e-6)
 
 
 @settings(max_examples=50, deadline=None)
@@ -88,46 +64,35 @@ def test_without_a_boundary_the_past_matters_up_to_the_context(transformer, inpu
 
 
 def test_step_by_step_equals_the_whole_window(transformer, inputs):
-    """Acting's ring against the training pass, across resets, longer than the ring."""
+    """Acting's cache against the training pass, across resets and for more steps than the cache has slots."""
     is_first = first_at(0, 5, 6, 9)
     whole, _ = transformer(inputs, is_first)
-    ring = transformer.empty_ring(BATCH)
+    cache = transformer.empty_cache(BATCH)
     position_table = transformer.position_table()
     for t in range(LENGTH):
-        ring = ring.replace(visible=ring.visible & ~is_first[:, t, None])
-        out, ring = transformer.step(inputs[:, t], ring, position_table)
+        cache = cache.replace(visible=cache.visible & ~is_first[:, t, None])
+        out, cache = transformer.step(inputs[:, t], cache, position_table)
         np.testing.assert_allclose(out, whole[:, t], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_both_forms_of_place_scores_agree(dtype):
-    rng = np.random.default_rng(0)
-    place, by_slot = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((7, 4, 16), (4, 5, 16)))
-    product, total = (place_scores(place, by_slot, form) for form in ("product", "sum"))
-    exact = np.einsum("nhd,hsd->nhs", *(np.asarray(x, np.float64) for x in (place, by_slot)))
-    for scores in (product, total):
-        assert scores.dtype == jnp.float32
-        np.testing.assert_allclose(scores, exact, rtol=1e-4, atol=1e-4)
-
-
-def test_rings_of_windows_continue_the_window(transformer, inputs):
+def test_window_caches_continue_the_window(transformer, inputs):
     """Imagination's first steps equal the training pass on a window that is that much longer."""
     is_first = jnp.zeros((BATCH, LENGTH), bool)
     whole, _ = transformer(inputs, is_first)
     for start in (2, CONTEXT, 7):
-        _, cache = transformer(inputs[:, : start + 1], is_first[:, : start + 1])
-        rings = transformer.rings_of_windows(cache, is_first[:, : start + 1])
+        _, keys_values = transformer(inputs[:, : start + 1], is_first[:, : start + 1])
+        caches = transformer.window_caches(keys_values, is_first[:, : start + 1])
         x = jnp.repeat(inputs, start + 1, axis=0)  # every start of a row is fed the row's continuation
         for t in range(start + 1, min(start + 4, LENGTH)):
-            out, rings = transformer.step(x[:, t], rings, transformer.position_table())
+            out, caches = transformer.step(x[:, t], caches, transformer.position_table())
             np.testing.assert_allclose(out[start :: start + 1], whole[:, t], rtol=1e-4, atol=1e-5)
 
 
-def test_rings_hide_what_the_published_formulation_hides(transformer, inputs):
+def test_window_caches_hide_what_the_published_formulation_hides(transformer, inputs):
     """Key p is visible from start t only without a first position in p…t, and never before the window."""
     is_first = first_at(0, 5, 9)
-    _, cache = transformer(inputs, is_first)
-    visible = np.asarray(transformer.rings_of_windows(cache, is_first).visible)
+    _, keys_values = transformer(inputs, is_first)
+    visible = np.asarray(transformer.window_caches(keys_values, is_first).visible)
     assert visible.shape == (BATCH * LENGTH, CONTEXT + 1)
     for b in range(BATCH):
         for t in range(LENGTH):
@@ -146,3 +111,23 @@ def test_dropout_is_on_only_with_a_key(transformer, inputs):
     assert not np.allclose(plain, one)
     assert not np.allclose(one, two)
     np.testing.assert_array_equal(one, transformer(inputs, is_first, jax.random.key(0))[0])
+
+
+def test_dropout_acts_on_weights_attention_and_feedforward_of_every_block(transformer, inputs, monkeypatch):
+    """And on nothing else; the one draw of random numbers is just as large as the masks together."""
+    shapes, sizes = [], []
+
+    class Recorder(Dropout):
+        def __init__(self, rate, key, size):
+            super().__init__(rate, key, size)
+            sizes.append(size)
+
+        def __call__(self, x):
+            shapes.append(x.shape)
+            return super().__call__(x)
+
+    monkeypatch.setattr("twister_jax.nn.transformer.Dropout", Recorder)
+    transformer(inputs, first_at(3), jax.random.key(0))
+    activations = (BATCH, LENGTH, HIDDEN)
+    assert shapes == 2 * [(BATCH, 4, LENGTH, LENGTH), activations, activations]
+    assert sizes == [sum(map(math.prod, shapes))]

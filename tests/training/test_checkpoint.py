@@ -22,19 +22,22 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from twister_jax import replay as replays
-from twister_jax.agent import Health, Transition
+from twister_jax import files
 from twister_jax.errors import UserError
-from twister_jax.training import checkpoint
+from twister_jax.files import UnsafePathError, UnusableError
+from twister_jax.replay import segments, store
+from twister_jax.replay.segments import Layout
+from twister_jax.replay.store import Transition
+from twister_jax.training import checkpoint, manifest
 from twister_jax.training.checkpoint import Checkpointer, Snapshot
 
 IMAGE, ACTIONS = (4, 4, 3), 2
-insert = jax.jit(replays.insert, donate_argnums=0)
+insert = jax.jit(store.insert, donate_argnums=0)
 
 
 class State(NamedTuple):
     parameters: dict[str, Any]
-    health: Health
+    skipped: jax.Array
     step: jax.Array
 
 
@@ -49,11 +52,17 @@ def make_state(seed=0, width=3):
         "key": jnp.array(rng.integers(0, 2**32, 2, np.uint32)),
         "nested": [jnp.float32(seed), None, (jnp.int32(-seed),)],
     }
-    return State(parameters, Health.sound(), jnp.int32(seed))
+    return State(parameters, jnp.int32(0), jnp.int32(seed))
+
+
+def state_like(host):
+    """What loading a state makes of the counters found with it."""
+    assert host["env_steps"] >= 0
+    return make_state()
 
 
 def make_replay(capacity=8, streams=2):
-    return replays.init(streams, capacity, IMAGE, ACTIONS)
+    return store.init(streams, capacity, IMAGE, ACTIONS)
 
 
 def push(replay, steps, seed=0):
@@ -122,11 +131,11 @@ class Run:
         return step
 
 
-def segments(directory):
+def stored_steps(directory):
     return {p.name: (p.stat().st_size, p.stat().st_mtime_ns) for p in (directory / "replay").iterdir()}
 
 
-def files(directory):
+def stored_files(directory):
     return {str(p.relative_to(directory)): p.stat().st_mtime_ns for p in directory.rglob("*") if p.is_file()}
 
 
@@ -142,8 +151,8 @@ def tmp_path():
 def small(monkeypatch):
     """Chunks of two steps and segments of three, so that small stores have many."""
     record = 2 * (math.prod(IMAGE) + ACTIONS * 4 + 4 + 2)
-    monkeypatch.setattr(checkpoint, "_CHUNK_BYTES", 2 * record)
-    monkeypatch.setattr(checkpoint, "_SEGMENT_BYTES", 3 * record)
+    monkeypatch.setattr(segments, "_CHUNK_BYTES", 2 * record)
+    monkeypatch.setattr(segments, "_SEGMENT_BYTES", 3 * record)
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +192,7 @@ def test_restores_bit_for_bit_whatever_was_pushed(tmp_path_factory, small, pushe
     assert 1 <= len(run.checkpointer._checkpoints()) <= keep
     # No segment outlives its use: none lies wholly before what the oldest checkpoint still holds.
     oldest = run.checkpointer.steps()[0]
-    assert all(int(name.split("-")[1]) > oldest - capacity for name in segments(run.directory))
+    assert all(int(name.split("-")[1]) > oldest - capacity for name in stored_steps(run.directory))
 
 
 def test_no_checkpoint_is_none_and_touches_nothing(tmp_path):
@@ -209,16 +218,16 @@ def test_restored_arrays_are_fresh_and_uncommitted(two, tmp_path):
 def test_steps_on_disk_are_not_written_again(tmp_path, small):
     run = Run(tmp_path / "c", capacity=20)
     run.save(9)
-    before = segments(run.directory)
+    before = stored_steps(run.directory)
     run.save(2)
-    after = segments(run.directory)
+    after = stored_steps(run.directory)
     assert before.items() <= after.items()
     (new,) = after.keys() - before.keys()
-    record = checkpoint._record_type(checkpoint._describe(run.replay)).itemsize
+    record = Layout.of(run.replay).record.itemsize
     assert after[new][0] == 2 * 2 * record + len(numpy_header(run.directory / "replay" / new))
     run.restore()
     run.save(0)
-    assert segments(run.directory) == after
+    assert stored_steps(run.directory) == after
 
 
 def numpy_header(path):
@@ -232,7 +241,7 @@ def test_only_the_newest_are_kept_and_their_segments(tmp_path):
         run.save(3)
     assert run.checkpointer.steps() == [15, 18]
     # 15 holds steps 7 to 15 and 18 holds 10 to 18.
-    assert sorted(name[:19] for name in segments(run.directory)) == [
+    assert sorted(name[:19] for name in stored_steps(run.directory)) == [
         "000000006-000000009",
         "000000009-000000012",
         "000000012-000000015",
@@ -273,32 +282,32 @@ def test_another_model_or_replay_is_refused_by_name(two):
     ):
         Checkpointer(two.directory).restore(make_state(width=4), make_replay())
     with pytest.raises(UserError, match=r"parameters\.empty is float32\[0,3\] there and absent here"):
-        Checkpointer(two.directory).load_state(make_state()._replace(parameters={}), None)
+        Checkpointer(two.directory).load_state(lambda host: make_state()._replace(parameters={}))
     with pytest.raises(UserError, match="streams is 2, here it is 1"):
         Checkpointer(two.directory).restore(make_state(), make_replay(streams=1))
     with pytest.raises(UserError, match="image_shape is"):
-        Checkpointer(two.directory).restore(make_state(), replays.init(2, 8, (4, 3, 4), ACTIONS))
+        Checkpointer(two.directory).restore(make_state(), store.init(2, 8, (4, 3, 4), ACTIONS))
 
 
 def test_evaluation_loads_the_state_alone_and_changes_nothing(two, tmp_path, caplog):
     run = copy_of(two, tmp_path / "c")
     shutil.rmtree(run.directory / "replay")
-    (run.directory / "tmp-000000009").mkdir()
+    (run.directory / "tmp-000000009-0123abcd").mkdir()
     before = sorted(run.directory.rglob("*"))
     for step, found in ((None, 6), (3, 3)):
-        state, host = Checkpointer(run.directory).load_state(make_state(), step)
+        state, host = Checkpointer(run.directory).load_state(state_like, step)
         assert_same(state, run.saved[found][0])
         assert host == run.saved[found][3]
     with pytest.raises(UserError, match=r"no checkpoint of step 4 \(there: 3, 6\)"):
-        Checkpointer(run.directory).load_state(make_state(), 4)
+        Checkpointer(run.directory).load_state(state_like, 4)
     with pytest.raises(UserError, match="no checkpoint"):
-        Checkpointer(tmp_path / "none").load_state(make_state())
+        Checkpointer(tmp_path / "none").load_state(state_like)
     assert sorted(run.directory.rglob("*")) == before
     assert not caplog.records
     flip(run.directory / "000000006-0" / "manifest.json", 40)
-    assert Checkpointer(run.directory).load_state(make_state())[1] == run.saved[3][3]
+    assert Checkpointer(run.directory).load_state(state_like)[1] == run.saved[3][3]
     with pytest.raises(UserError, match="none of the 1 checkpoints"):
-        Checkpointer(run.directory).load_state(make_state(), 6)
+        Checkpointer(run.directory).load_state(state_like, 6)
 
 
 # Damage
@@ -339,7 +348,7 @@ def assert_steps_over(run, caplog, reason=""):
     assert not caplog.records
     assert run.save() == 6
     assert run.restore() == 6
-    assert len(segments(run.directory)) == 2
+    assert len(stored_steps(run.directory)) == 2
 
 
 def test_damage_to_any_file_is_found(two, tmp_path, caplog):
@@ -364,11 +373,12 @@ def test_damage_to_any_file_is_found(two, tmp_path, caplog):
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(bit=st.integers(0, 1 << 20))
 def test_any_flipped_bit_of_a_manifest_is_found(two, tmp_path_factory, bit):
-    directory = tmp_path_factory.mktemp("flip")
+    directory = tmp_path_factory.mktemp("flip") / "000000006-0"
+    directory.mkdir()
     shutil.copy(two.directory / "000000006-0" / "manifest.json", directory)
     flip(directory / "manifest.json", bit)
-    with pytest.raises(checkpoint._UnusableError):
-        checkpoint._read_manifest(directory)
+    with pytest.raises(UnusableError):
+        manifest.read(directory)
 
 
 @pytest.mark.parametrize("text", ["", "{", "null", "[]", '{"content": {}}', "\0" * 50, "[" * 100_000])
@@ -399,19 +409,20 @@ def test_none_usable_is_an_error_and_nothing_is_moved(two, tmp_path, caplog):
     run = copy_of(two, tmp_path / "c")
     for name in ("000000003-0", "000000006-0"):
         flip(run.directory / name / "env.bin", 5)
-    before = files(run.directory)
+    before = stored_files(run.directory)
     with pytest.raises(UserError, match=r"none of the 2 checkpoints .* LOGDIR") as error:
         run.restore()
     assert "\n" not in str(error.value)
     assert len(caplog.records) == 2
-    assert files(run.directory) == before
+    assert stored_files(run.directory) == before
 
 
 @pytest.mark.parametrize(
     ("version", "checked", "message"),
     [
-        (checkpoint.FORMAT + 1, [checkpoint.FORMAT + 1, {"all": "new"}], r"a newer twister_jax .*: upgrade"),
-        (1, {"all": "new"}, r"an older twister_jax .*format 1, .*: go on with it, or .*LOGDIR"),
+        (manifest.FORMAT + 1, [manifest.FORMAT + 1, {"all": "new"}], r"a newer twister_jax .*: use that pro"),
+        (2, [2, {"all": "new"}], r"an older twister_jax .*format 2, .*: use that program, or .*LOGDIR"),
+        (1, {"all": "new"}, r"an older twister_jax .*format 1, .*: use that program, or .*LOGDIR"),
     ],
 )
 def test_another_format_is_refused_and_left_alone(version, checked, message, two, tmp_path):
@@ -427,7 +438,7 @@ def test_another_format_is_refused_and_left_alone(version, checked, message, two
     assert run.restore() == 3
 
 
-@pytest.mark.parametrize("version", [checkpoint.FORMAT + 4, 1, 0, str(checkpoint.FORMAT), None])
+@pytest.mark.parametrize("version", [manifest.FORMAT + 4, 1, 0, str(manifest.FORMAT), None])
 def test_a_damaged_format_is_damage_and_no_other_program(version, two, tmp_path):
     run = copy_of(two, tmp_path / "c")
     path = run.directory / "000000006-0" / "manifest.json"
@@ -444,12 +455,12 @@ def test_a_directory_of_something_else_is_refused(tmp_path):
 
 def test_a_killed_process_leaves_nothing_behind(two, tmp_path):
     run = copy_of(two, tmp_path / "c")
-    (run.directory / "tmp-000000009" / "state").mkdir(parents=True)
+    (run.directory / "tmp-000000009-0123abcd" / "state").mkdir(parents=True)
     (run.directory / "replay" / "000000006-000000009-aaaaaaaa.npy").write_bytes(b"half")
-    before = segments(two.directory).keys()
+    before = stored_steps(two.directory).keys()
     assert run.restore() == 6
     assert not list(run.directory.glob("tmp-*"))
-    assert segments(run.directory).keys() == before
+    assert stored_steps(run.directory).keys() == before
 
 
 # Interruptions
@@ -483,11 +494,11 @@ def failing(monkeypatch, at, error):
             patch.setattr(os, name, fail_in(name, getattr(os, name)))
 
         def open_to_write(file, mode="r", *args, **kwargs):
-            return (opening if "w" in mode else builtins_open)(file, mode, *args, **kwargs)
+            return (opening if "x" in mode else builtins_open)(file, mode, *args, **kwargs)
 
         builtins_open = builtins.open
         opening = fail_in("open", builtins_open)
-        patch.setattr(checkpoint, "open", open_to_write, raising=False)
+        patch.setattr(files, "open", open_to_write, raising=False)
         yield hit
 
 
@@ -526,9 +537,9 @@ def test_a_kill_at_any_instant_of_a_restart_leaves_it_as_it_was(two, tmp_path, m
     for at in range(1, 1000):
         run = copy_of(two, tmp_path / "c")
         flip(run.directory / "000000006-0" / "env.bin", 3)
-        for aside in ("unusable-000000001-0-a", "unusable-000000001-0-b"):
+        for aside in ("unusable-000000001-0-0000000a", "unusable-000000001-0-0000000b"):
             (run.directory / aside).mkdir()
-        (run.directory / "tmp-000000009" / "state").mkdir(parents=True)
+        (run.directory / "tmp-000000009-0123abcd" / "state").mkdir(parents=True)
         with failing(monkeypatch, at, Killed()) as hit, contextlib.suppress(Killed):
             run.restore()
         assert run.restore() == 3
@@ -594,8 +605,8 @@ def test_a_full_file_system_harms_nothing(tmp_path):
             ballast.unlink()
             time.sleep(0.05)  # Orbax's threads may still be writing
             assert not any(path.is_dir() or path.stat().st_size for path in run.directory.glob("tmp-*"))
-            assert len(segments(run.directory)) == 1
-            fresh = Checkpointer(run.directory).load_state(make_state())
+            assert len(stored_steps(run.directory)) == 1
+            fresh = Checkpointer(run.directory).load_state(state_like)
             assert_same(fresh[0], run.saved[3][0])
         run.checkpointer.save(step, snapshot)
         assert not list(run.directory.glob("tmp-*"))
@@ -687,3 +698,194 @@ def test_a_failure_in_the_background_is_told_once(tmp_path, monkeypatch, caplog)
     (record,) = caplog.records
     assert "No space" in record.getMessage()
     assert run.restore() == step
+
+
+# Run directories from strangers
+
+
+def forge(checkpoint, change):
+    """Rewrites a manifest, with the right checksum."""
+    path = checkpoint / "manifest.json"
+    content = json.loads(path.read_text())["content"]
+    change(content)
+    text = json.dumps([manifest.FORMAT, content], sort_keys=True).encode()
+    whole = {"format": manifest.FORMAT, "crc32": zlib.crc32(text), "content": content}
+    path.write_text(json.dumps(whole, sort_keys=True, indent=1) + "\n")
+
+
+def rename_file(content, old, new):
+    content["files"][new] = content["files"].pop(old)
+
+
+FORGERIES = {
+    "no host": lambda c: c.pop("host"),
+    "one more field": lambda c: c.update(more=1),
+    "host is a list": lambda c: c.update(host=[1]),
+    "another step": lambda c: c.update(step=7),
+    "step is true": lambda c: c.update(step=True),
+    "step is text": lambda c: c.update(step="6"),
+    "negative size": lambda c: c["files"]["env.bin"].update(size=-1),
+    "size is a fraction": lambda c: c["files"]["env.bin"].update(size=5.0),
+    "checksum beyond 32 bits": lambda c: c["files"]["env.bin"].update(crc32=2**32),
+    "no env.bin": lambda c: c["files"].pop("env.bin"),
+    "file above": lambda c: rename_file(c, "env.bin", "../env.bin"),
+    "file far above": lambda c: c["files"].update({"state/../../../canary": {"size": 1, "crc32": 1}}),
+    "absolute file": lambda c: c["files"].update({"/etc/passwd": {"size": 1, "crc32": 1}}),
+    "segment elsewhere": lambda c: c["segments"][0].update(name="../000000000-000000003-0123abcd.npy"),
+    "segment of another name": lambda c: c["segments"][0].update(name="canary.npy"),
+    "segment named otherwise": lambda c: c["segments"][0].update(stop=2),
+    "gap": lambda c: c["segments"].pop(0),
+    "no segments": lambda c: c["segments"].clear(),
+    "twice": lambda c: c["segments"].append(c["segments"][-1]),
+    "more steps than stored": lambda c: c["replay"].update(inserted=9),
+    "steps beyond 32 bits": lambda c: c["replay"].update(inserted=2**40),
+    "negative capacity": lambda c: c["replay"].update(capacity=-8),
+    "capacity 0": lambda c: c["replay"].update(capacity=0),
+    "image of two axes": lambda c: c["replay"].update(image_shape=[4, 4]),
+    "image is text": lambda c: c["replay"].update(image_shape="443"),
+    "state is a list": lambda c: c.update(state=[]),
+    "type of many lines": lambda c: c["state"].update(step="int32[]\nand more"),
+    "name of many lines": lambda c: c["state"].update({"a\nb": "int32[]"}),
+}
+
+
+@pytest.mark.parametrize("kind", FORGERIES)
+def test_a_forged_manifest_is_stepped_over(kind, two, tmp_path, caplog):
+    run = copy_of(two, tmp_path / "c")
+    forge(run.directory / "000000006-0", FORGERIES[kind])
+    assert_steps_over(run, caplog, "manifest.json is not valid")
+
+
+def test_forged_arrays_are_not_read(two, tmp_path, caplog):
+    """Orbax's own description of the arrays is another than that of the manifest."""
+    run = copy_of(two, tmp_path / "c")
+    other = Run(tmp_path / "other")
+    step, snapshot = other.advance(6)
+    large = make_state(width=1000)
+    other.checkpointer.save(step, dataclasses.replace(snapshot, state=large))
+    shutil.rmtree(run.directory / "000000006-0" / "state")
+    shutil.copytree(other.directory / "000000006-0" / "state", run.directory / "000000006-0" / "state")
+    theirs = json.loads((other.directory / "000000006-0" / "manifest.json").read_text())["content"]["files"]
+
+    def change(content):
+        ours = {name: file for name, file in content["files"].items() if not name.startswith("state/")}
+        content["files"] = theirs | ours
+
+    forge(run.directory / "000000006-0", change)
+    assert_steps_over(run, caplog, "other arrays than it should")
+
+
+def test_what_does_not_belong_to_the_state_makes_it_unusable(two, tmp_path, caplog):
+    run = copy_of(two, tmp_path / "c")
+    (run.directory / "000000006-0" / "state" / "more").write_text("")
+    assert_steps_over(run, caplog, "state/more does not belong there")
+
+
+@pytest.fixture
+def canaries(tmp_path):
+    """A folder of somebody's files, among them some with names of ours; checked at the end."""
+    folder = tmp_path / "home"
+    for name in ("replay", "state", "tmp-000000009-0123abcd"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "000000000-000000003-0123abcd.npy").write_text("canary")
+        (folder / name / "canary.npy").write_text("canary")
+    (folder / "manifest.json").write_text("canary")
+    before = stored_files(folder), sorted(folder.rglob("*"))
+    yield folder
+    assert (stored_files(folder), sorted(folder.rglob("*"))) == before
+    assert all(path.read_text() == "canary" for path in folder.rglob("*") if path.is_file())
+
+
+def refused(path):
+    """Expects the refusal of a symbolic link, on one line, as errors of the disk and of the user."""
+    return pytest.raises(UnsafePathError, match=rf"\A{path} is a symbolic link: refused\Z")
+
+
+@pytest.mark.parametrize("dangling", [False, True])
+@pytest.mark.parametrize("name", ["", "replay"])
+def test_a_linked_directory_is_refused_and_not_touched(name, dangling, two, tmp_path, canaries):
+    run = copy_of(two, tmp_path / "c")
+    step, snapshot = run.advance()
+    link = run.directory / name if name else run.directory
+    shutil.rmtree(link)
+    link.symlink_to(tmp_path / "nothing" if dangling else canaries / name)
+    for wait in (True, False):
+        with pytest.raises(OSError, match=r"symbolic link|File exists"):
+            run.checkpointer.save(step, snapshot, wait)
+    with refused(link):
+        Checkpointer(run.directory).restore(make_state(), make_replay())
+    with refused(link):
+        Checkpointer(run.directory).load_state(state_like)
+    with refused(link):
+        Checkpointer(run.directory).steps()
+    assert link.is_symlink()
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_linked_checkpoint_is_stepped_over_and_not_touched(two, tmp_path, caplog, canaries):
+    run = copy_of(two, tmp_path / "c")
+    # Sound in itself: it would be used if it were no link.
+    moved = tmp_path / "elsewhere"
+    (run.directory / "000000006-0").rename(moved)
+    (run.directory / "000000006-0").symlink_to(moved)
+    before = stored_files(moved)
+    assert Checkpointer(run.directory).load_state(state_like)[1]["env_steps"] == 3
+    caplog.clear()
+    assert run.restore() == 3
+    assert "000000006-0 is a symbolic link: refused" in caplog.text
+    for number in range(4):  # unusable ones are deleted in time, and so are old ones
+        (run.directory / f"{100 + number:09d}-0").symlink_to(canaries)
+        (run.directory / f"{number:09d}-7").symlink_to(canaries)
+        assert run.restore() == 3 + 3 * number
+        run.save()
+    assert run.restore() == 15
+    assert stored_files(moved) == before
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "env.bin", "visits.npy", "state", "state/_METADATA", "d"])
+def test_a_linked_file_of_a_checkpoint_is_stepped_over(name, two, tmp_path, caplog):
+    run = copy_of(two, tmp_path / "c")
+    path = run.directory / "000000006-0" / (f"state/{name}" if name == "d" else name)
+    path.rename(tmp_path / "moved")
+    path.symlink_to(tmp_path / "moved")
+    assert_steps_over(run, caplog, "is a symbolic link: refused")
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo", "directory"])
+def test_a_segment_that_is_no_file_is_stepped_over(kind, two, tmp_path, caplog):
+    run = copy_of(two, tmp_path / "c")
+    (path,) = (run.directory / "replay").glob("000000003-*")
+    path.rename(tmp_path / "moved")
+    if kind == "link":
+        path.symlink_to(tmp_path / "moved")
+    elif kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    assert run.restore() == 3
+    assert "refused" in caplog.text
+    assert (tmp_path / "moved").stat().st_size > 0
+
+
+def test_nothing_that_bears_no_name_of_ours_is_deleted(two, tmp_path, canaries):
+    run = copy_of(two, tmp_path / "c")
+    kept = [
+        "tmp-mine",
+        "tmp-000000009",
+        "unusable-mine",
+        "replay/mine.npy",
+        "replay/000000000-000000003-mine.npy",
+        ".hidden",
+    ]
+    for name in kept:
+        (run.directory / name).write_text("canary")
+    for name in ("tmp-000000009-0123abcd", "unusable-000000009-0-0123abcd", "unusable-000000008-0-0123abcd"):
+        (run.directory / name).symlink_to(canaries)
+    (run.directory / "replay" / "000000000-000000003-0123abcd.npy").symlink_to(canaries / "manifest.json")
+    for _ in range(4):
+        flip(sorted(run.directory.glob("0*"))[-1] / "env.bin", 3)
+        run.restore()
+        run.save()
+    assert [(run.directory / name).read_text() for name in kept] == ["canary"] * len(kept)
+    assert not os.path.lexists(run.directory / "tmp-000000009-0123abcd")
+    assert not os.path.lexists(run.directory / "replay" / "000000000-000000003-0123abcd.npy")

@@ -1,26 +1,36 @@
 import dataclasses
 import json
-from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.training.dummy_agent import make_agent, make_test_config
+from tests import third
+from twister_jax.agents import make_agent
 from twister_jax.envs import make_vector_env
 from twister_jax.envs.base import EnvSpec, EnvStep, Episode
 from twister_jax.errors import UserError
+from twister_jax.presets import make_config
 from twister_jax.randomness import Purpose, key_for
-from twister_jax.training.evaluation import allotment, evaluate_directory, play, summarize
-from twister_jax.training.loop import train
+from twister_jax.training.evaluation import evaluate_directory, games_per_env, play, summarize
+from twister_jax.training.load import load_run
+from twister_jax.training.train import train
+
+third.register()
+
+
+def config_of(logdir, steps=40, game="Catch", **overrides):
+    settings = {"logdir": str(logdir), "precision": "float32", "train.steps": steps}
+    return make_config(third.AGENT, "debug", game, **settings, **overrides)
 
 
 @pytest.mark.parametrize(
     ("episodes", "envs", "games"),
     [(100, 8, [13] * 4 + [12] * 4), (3, 8, [1, 1, 1]), (1, 1, [1]), (5, 2, [3, 2])],
 )
-def test_allotment(episodes, envs, games):
-    assert allotment(episodes, envs) == games
+def test_games_per_env(episodes, envs, games):
+    assert games_per_env(episodes, envs) == games
 
 
 class Uneven:
@@ -54,10 +64,19 @@ class Uneven:
     def retire(self, env):
         self.retired[env] = True
 
+    def get_state(self):
+        raise NotImplementedError
+
+    def set_state(self, state):
+        raise NotImplementedError
+
+    def close(self):
+        pass
+
 
 def test_short_games_are_not_favoured():
     env = Uneven(3)
-    agent = make_agent(None, env.spec)
+    agent = make_agent(config_of("unused"), env.spec)
     state = jax.jit(agent.init)(key_for(0, Purpose.INIT))
     played = play(agent, state, env, [2, 2, 1], seed=0)
     assert [episode.score for episode in played] == [0, 1, 100, 101, 200]
@@ -65,9 +84,8 @@ def test_short_games_are_not_favoured():
 
 
 def test_the_record_of_a_real_game():
-    config = make_test_config("unused", game="Breakout")
-    config = dataclasses.replace(config, env=dataclasses.replace(config.env, time_limit_frames=400))
-    env = make_vector_env("Breakout", config.env, 2, 0)
+    config = config_of("unused", game="Breakout", **{"env.evaluation_time_limit_frames": 400})
+    env = make_vector_env("Breakout", config.env, 2, 0, evaluation=True)
     agent = make_agent(config, env.spec)
     state = jax.jit(agent.init)(key_for(0, Purpose.INIT))
     episodes = play(agent, state, env, [1, 1], seed=0)
@@ -82,21 +100,69 @@ def test_the_record_of_a_real_game():
     json.dumps(record, allow_nan=False)
 
 
-def test_evaluating_a_directory(tmp_path, capsys):
-    config = make_test_config(tmp_path, 40)
-    train(config, make_agent, make_vector_env)
+def test_games_are_played_with_the_policy_of_evaluation():
+    """Training's policy is sampled; that of evaluation may be the mode."""
+    env = Uneven(2)
+    agent = make_agent(config_of("unused"), env.spec)
+    calls = []
+
+    def act_evaluate(state, carry, observation, key):
+        calls.append(observation.image.shape)
+        return jnp.eye(2), carry
+
+    def act(*_):
+        raise AssertionError("games were played with the policy of training")
+
+    agent = dataclasses.replace(agent, act=act, act_evaluate=act_evaluate)
+    play(agent, jax.jit(agent.init)(jax.random.key(0)), env, [1, 1], seed=0)
+    assert calls
+
+
+def test_every_action_of_an_evaluation_has_a_key_of_its_own():
+    env = Uneven(2)
+    agent = make_agent(config_of("unused"), env.spec)
+    seen = []
+
+    def act_evaluate(state, carry, observation, key):
+        jax.debug.callback(lambda data: seen.append(tuple(data.tolist())), jax.random.key_data(key))
+        return jnp.eye(2), carry
+
+    agent = dataclasses.replace(agent, act_evaluate=act_evaluate)
+    play(agent, jax.jit(agent.init)(jax.random.key(0)), env, [3, 3], seed=0)
+    jax.effects_barrier()
+    assert len(seen) > 5
+    assert len(set(seen)) == len(seen)
+
+
+def test_evaluating_a_directory(tmp_path):
+    train(config_of(tmp_path))
     first = json.loads((tmp_path / "evaluation.json").read_text())
-    assert evaluate_directory(config, make_agent, make_vector_env) == 0
+    assert evaluate_directory(str(tmp_path), None, {}) == 0
     again = json.loads((tmp_path / "evaluation.json").read_text())
     first["protocol"].pop("commit"), again["protocol"].pop("commit")  # somebody may be working on the tree
     assert again == first
+    assert evaluate_directory(str(tmp_path), None, {"evaluation.episodes": 2}) == 0
+    assert json.loads((tmp_path / "evaluation.json").read_text())["episodes"] == 2
+
+
+def test_loading_a_run(tmp_path):
+    """One function for all who read a run; no environment is made."""
+    train(config_of(tmp_path, 60))
+    loaded = load_run(tmp_path)
+    assert loaded.config.train.steps == 60
+    assert (loaded.spec.num_actions, loaded.spec.action_names) == (3, ("LEFT", "STAY", "RIGHT"))
+    assert loaded.counters["env_steps"] == 60
+    steps = sorted(int(path.name.split("-")[0]) for path in (tmp_path / "checkpoints").glob("0*"))
+    earlier = load_run(tmp_path, step=steps[0])
+    assert earlier.counters["env_steps"] < 60
+    with pytest.raises(UserError, match="holds no checkpoint of step 17"):
+        load_run(tmp_path, step=17)
+    with pytest.raises(UserError, match="is not a run directory"):
+        load_run(tmp_path / "checkpoints")
     with pytest.raises(UserError, match="another agent or model size"):
-        evaluate_directory(config, partial(_larger, make_agent), make_vector_env)
-    elsewhere = dataclasses.replace(config, logdir=str(tmp_path / "empty"))
-    with pytest.raises(UserError, match="no checkpoint"):
-        evaluate_directory(elsewhere, make_agent, make_vector_env)
+        load_run(tmp_path, make_agent=_larger)
 
 
-def _larger(make, config, spec):
-    agent = make(config, spec)
+def _larger(config, spec):
+    agent = make_agent(config, spec)
     return dataclasses.replace(agent, init=lambda key: {**agent.init(key), "more": key_for(0, Purpose.INIT)})

@@ -2,19 +2,26 @@ import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
-import jax
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from twister_jax.errors import UserError
-from twister_jax.training import rundir
-from twister_jax.training.rundir import RunDirectory, check_memory
+from twister_jax.training.rundir import RunDirectory
 
-CONFIG = {"game": "Pong", "train": {"steps": 100, "log_every": 10}, "algorithm": {"model": {"size": 512}}}
-MAY_CHANGE = ("train", "evaluation.episodes")
+CONFIG = {
+    "game": "Pong",
+    "seed": 0,
+    "train": {"steps": 100, "log_every": 10},
+    "algorithm": {"model": {"size": 512}},
+}
+CHANGEABLE = ("train", "evaluation.episodes")
+
+
+def take(run, config, changeable):
+    run.check_config(config, changeable)
+    run.write_config(config)
 
 
 def refused(*words):
@@ -31,40 +38,44 @@ def changed(**fields):
 
 def test_creates_the_directory_and_config(tmp_path):
     with RunDirectory(tmp_path / "a" / "b") as run:
-        run.check_or_write_config(CONFIG, MAY_CHANGE)
+        take(run, CONFIG, CHANGEABLE)
     assert json.loads((tmp_path / "a" / "b" / "config.json").read_text()) == CONFIG
 
 
 def test_a_resumed_run_may_change_what_it_may_change(tmp_path):
     with RunDirectory(tmp_path) as run:
-        run.check_or_write_config(CONFIG, MAY_CHANGE)
+        take(run, CONFIG, CHANGEABLE)
     longer = changed(train={"steps": 200, "log_every": 10})
     with RunDirectory(tmp_path) as run:
-        run.check_or_write_config(longer, MAY_CHANGE)
+        take(run, longer, CHANGEABLE)
     assert json.loads((tmp_path / "config.json").read_text()) == longer
 
 
 def test_differing_fields_are_all_named_with_both_values(tmp_path):
     with RunDirectory(tmp_path) as run:
-        run.check_or_write_config(CONFIG, MAY_CHANGE)
+        take(run, CONFIG, CHANGEABLE)
         before = (tmp_path / "config.json").read_bytes()
-        other = changed(game="Breakout", algorithm={"model": {"size": 256, "new": None}})
-        with refused(
-            'game is "Pong" there, "Breakout" here',
-            "algorithm.model.size is 512 there, 256 here",
-            "algorithm.model.new is absent there, null here",
-            "LOGDIR",
-        ):
-            run.check_or_write_config(other, MAY_CHANGE)
+        other = changed(seed=7, algorithm={"model": {"size": 256}})
+        with refused("seed is 0 there, 7 here", "algorithm.model.size is 512 there, 256 here", "LOGDIR"):
+            take(run, other, CHANGEABLE)
         assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_of_another_game_only_the_game_is_named_and_of_another_version_that_it_is_one(tmp_path):
+    with RunDirectory(tmp_path) as run:
+        take(run, CONFIG, CHANGEABLE)
+        with refused('holds another run: game is "Pong" there, "Breakout" here: use the stored'):
+            take(run, changed(game="Breakout", seed=3, new=1), CHANGEABLE)
+        with refused("another version of twister_jax", "new is absent there, 1 here", "LOGDIR"):
+            take(run, changed(new=1), CHANGEABLE)
 
 
 def test_a_prefix_covers_whole_names_only(tmp_path):
     with RunDirectory(tmp_path) as run:
-        run.check_or_write_config({"train": 1, "training": 1}, ())
-        run.check_or_write_config({"train": 2, "training": 1}, ("train",))
+        take(run, {"train": 1, "training": 1}, ())
+        take(run, {"train": 2, "training": 1}, ("train",))
         with refused("training is 1 there, 2 here"):
-            run.check_or_write_config({"train": 2, "training": 2}, ("train",))
+            take(run, {"train": 2, "training": 2}, ("train",))
 
 
 trees = st.recursive(
@@ -78,34 +89,44 @@ trees = st.recursive(
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_configuration_agrees_with_itself(tmp_path_factory, config):
     with RunDirectory(tmp_path_factory.mktemp("run")) as run:
-        run.check_or_write_config(config, ())
-        run.check_or_write_config(config, ())
+        take(run, config, ())
+        take(run, config, ())
 
 
 def test_tuples_and_whole_floats_are_no_difference(tmp_path):
     with RunDirectory(tmp_path) as run:
-        run.check_or_write_config({"a": (1, 2), "b": 1.0}, ())
-        run.check_or_write_config({"a": [1, 2], "b": 1}, ())
+        take(run, {"a": (1, 2), "b": 1.0}, ())
+        take(run, {"a": [1, 2], "b": 1}, ())
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "\0", '{"game": "Pong"'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[1]", "1", "null", "\0", '{"game": "Pong"', "[" * 100_000, " " * (2 << 20), b"\xff"],
+)
 def test_an_unreadable_config_is_refused(tmp_path, text):
-    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "config.json").write_bytes(text.encode() if isinstance(text, str) else text)
     with RunDirectory(tmp_path) as run, refused("config.json", "put back", "LOGDIR"):
-        run.check_or_write_config(CONFIG, MAY_CHANGE)
+        take(run, CONFIG, CHANGEABLE)
+
+
+@pytest.mark.parametrize("depth", [100, 400, 900])
+def test_a_deep_config_is_refused(tmp_path, depth):
+    (tmp_path / "config.json").write_text('{"a": ' * depth + "1" + "}" * depth)
+    with RunDirectory(tmp_path) as run, refused("LOGDIR"):
+        take(run, CONFIG, CHANGEABLE)
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl"])
 def test_results_without_a_config_are_refused(tmp_path, name):
     (tmp_path / name).mkdir()
     with RunDirectory(tmp_path) as run, refused(name, "no config.json", "LOGDIR"):
-        run.check_or_write_config(CONFIG, MAY_CHANGE)
+        take(run, CONFIG, CHANGEABLE)
 
 
 def test_other_files_do_not_matter(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with RunDirectory(tmp_path) as run:
-        run.check_or_write_config(CONFIG, MAY_CHANGE)
+        take(run, CONFIG, CHANGEABLE)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
@@ -151,14 +172,14 @@ def test_a_full_file_system_is_refused(tmp_path):
 
 def test_config_that_cannot_be_written_is_refused_and_the_old_one_stays(tmp_path, monkeypatch):
     with RunDirectory(tmp_path) as run:
-        run.check_or_write_config(CONFIG, MAY_CHANGE)
+        take(run, CONFIG, CHANGEABLE)
 
         def full(descriptor):
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(os, "fsync", full)
         with refused("config.json", "No space", "LOGDIR"):
-            run.check_or_write_config(changed(train={}), MAY_CHANGE)
+            take(run, changed(train={}), CHANGEABLE)
     assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
 
 
@@ -186,53 +207,65 @@ def test_the_lock_is_released_on_the_way_out(tmp_path):
             pass
 
 
-def device(limit, used):
-    stats = None if limit is None else {"bytes_limit": limit, "bytes_in_use": used}
-    return SimpleNamespace(memory_stats=lambda: stats, __str__=lambda self: "cuda:0")
+# Run directories from strangers
 
 
-def test_memory_that_suffices_is_accepted():
-    check_memory({"replay": 1 << 20}, jax.devices()[0])
-    check_memory({"replay": 1 << 20})
-    check_memory({"replay": 60, "model": 40}, device(200, 100))
+@pytest.fixture
+def canary(tmp_path):
+    path = tmp_path / "canary"
+    path.write_text(json.dumps(CONFIG))
+    before = path.stat().st_mtime_ns
+    yield path
+    assert (path.read_text(), path.stat().st_mtime_ns) == (json.dumps(CONFIG), before)
 
 
-def test_device_memory_that_does_not_suffice_is_refused_with_the_numbers():
-    with refused("3.00 GB needed", r"replay 1.00, model 2.00", "2.90 GB available", "replay.capacity"):
-        check_memory({"replay": 10**9, "model": 2 * 10**9}, device(3 * 10**9, 10**8))
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_linked_lock_is_refused_and_its_target_left_alone(tmp_path, canary, link):
+    (tmp_path / "run").mkdir()
+    link(canary, tmp_path / "run" / "run.lock")
+    with refused("run.lock is a (symbolic|hard) link.*: refused"), RunDirectory(tmp_path / "run"):
+        pass
+    assert os.listdir(tmp_path / "run") == ["run.lock"]
 
 
-def test_host_memory_that_does_not_suffice_is_refused_with_the_numbers():
-    for where in (None, device(None, 0), jax.devices("cpu")[0]):
-        with refused("this host", "1000000.00 GB needed", "GB available"):
-            check_memory({"replay": 10**15}, where)
+def test_a_lock_that_points_to_nothing_makes_nothing(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.lock").symlink_to(tmp_path / "new")
+    with refused("run.lock is a symbolic link: refused"), RunDirectory(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize(
-    ("cgroup", "files", "expected"),
-    [
-        ("", {}, 8_000_000 * 1024),
-        ("0::/a/b\n", {"a/b/memory.max": "max", "a/memory.max": "5000"}, 5000 - 1000 + 300),
-        ("0::/gone\n", {"memory.max": "5000"}, 5000 - 1000 + 300),
-        ("4:cpu,memory:/a\n0::/\n", {"memory/a/memory.limit_in_bytes": "900"}, 200),
-    ],
-)
-def test_a_lower_limit_of_the_control_group_counts(tmp_path, cgroup, files, expected):
-    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
-    (proc / "self").mkdir(parents=True)
-    (proc / "meminfo").write_text("MemTotal: 9000000 kB\nMemAvailable: 8000000 kB\n")
-    (proc / "self/cgroup").write_text(cgroup)
-    for name, text in files.items():
-        path = groups / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        usage = "memory.current" if name.endswith("max") else "memory.usage_in_bytes"
-        (path.parent / usage).write_text("1000")
-        (path.parent / "memory.stat").write_text("anon 7\nactive_file 100\ninactive_file 200\n")
-    assert rundir.host_available(proc, groups) == expected
+def test_a_linked_config_is_not_read_or_written(tmp_path, canary):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").symlink_to(canary)
+    with RunDirectory(tmp_path / "run") as run, refused("config.json is a symbolic link: refused"):
+        take(run, changed(train={}), CHANGEABLE)
+    assert (tmp_path / "run" / "config.json").is_symlink()
 
 
-def test_nothing_is_refused_where_the_memory_is_unknown(tmp_path, monkeypatch):
-    assert rundir.host_available(tmp_path, tmp_path) is None
-    monkeypatch.setattr(rundir, "host_available", lambda: None)
-    check_memory({"replay": 10**18})
+@pytest.mark.parametrize("name", ["run.lock", "config.json"])
+def test_a_pipe_is_refused_and_does_not_hang(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with refused(f"{name} is not a regular file: refused"), RunDirectory(tmp_path) as run:
+        take(run, CONFIG, CHANGEABLE)
+
+
+def test_a_dangling_link_is_something_to_resume(tmp_path):
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "nothing")
+    with RunDirectory(tmp_path) as run, refused("checkpoints", "no config.json", "LOGDIR"):
+        take(run, CONFIG, CHANGEABLE)
+
+
+def test_the_directory_itself_may_be_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    with RunDirectory(tmp_path / "run") as run:
+        take(run, CONFIG, CHANGEABLE)
+    assert json.loads((tmp_path / "disk" / "config.json").read_text()) == CONFIG
+
+
+def test_names_in_a_stored_config_stay_on_one_line(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"a\n\x1b[2J": 1}))
+    with RunDirectory(tmp_path) as run, refused("is 1 there, absent here"):
+        take(run, {}, ())

@@ -4,9 +4,9 @@ import jax
 import pytest
 
 from twister_jax.agents import make_agent
-from twister_jax.config import make_config
 from twister_jax.envs import make_vector_env
-from twister_jax.training.state import OnDevice
+from twister_jax.presets import make_config
+from twister_jax.training.state import RunState
 
 
 @pytest.mark.parametrize("name", ["twister", "twm"])
@@ -14,6 +14,6 @@ def test_every_array_of_a_new_run_has_a_buffer_of_its_own(name):
     """Updates are given these buffers to reuse, which the device refuses for two arrays in one."""
     config = make_config(name, "debug", game="Catch")
     env = make_vector_env(config.game, config.env, 2, 0)
-    state = OnDevice.begin(make_agent(config, env.spec), 0, env.reset())
+    state = RunState.begin(make_agent(config, env.spec), env.spec, 0, env.reset())
     places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state) if leaf.size]
     assert len(set(places)) == len(places)

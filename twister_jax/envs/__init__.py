@@ -1,17 +1,94 @@
-"""Environments: the Atari 100k protocol on ALE, and a tiny pixel task for tests."""
+"""The registry of environment suites: a line each."""
 
-from twister_jax.envs.base import EnvSpec, EnvStep, Episode, VectorEnv
-from twister_jax.envs.games import ATARI_100K, REFERENCE_SCORES, human_normalized, resolve_game
-from twister_jax.envs.vector import make_vector_env
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "ATARI_100K",
-    "REFERENCE_SCORES",
-    "EnvSpec",
-    "EnvStep",
-    "Episode",
-    "VectorEnv",
-    "human_normalized",
-    "make_vector_env",
-    "resolve_game",
-]
+from twister_jax.errors import UserError
+from twister_jax.fields import did_you_mean
+
+if TYPE_CHECKING:
+    from twister_jax.config import EnvConfig
+    from twister_jax.envs.base import Suite, VectorEnv
+
+SUITES: dict[str, str] = {
+    "catch": "twister_jax.envs.catch",
+    "atari": "twister_jax.envs.atari",
+}
+"""Name -> module with a `SUITE`. Names without a suite are looked up in this order."""
+
+DEFAULT_GAME = "Breakout"
+
+
+def register(name: str, module: str) -> None:
+    """Adds a suite: `module` has a `SUITE`, an instance of `envs.base.Suite`, whose name is `name`."""
+    SUITES[name] = module
+
+
+def suite(name: str) -> "Suite":
+    """The suite of this name.
+
+    Raises:
+      UserError: there is none.
+    """
+    if name not in SUITES:
+        raise UserError(f"unknown suite {name!r}{did_you_mean(name, SUITES)}; one of {', '.join(SUITES)}")
+    return importlib.import_module(SUITES[name]).SUITE
+
+
+def resolve(game: str) -> "tuple[Suite, str]":
+    """The suite that a game is of, and its name there, from any spelling: `NAME` or `SUITE:NAME`.
+
+    Raises:
+      UserError: nothing is called so; the message offers close matches.
+    """
+    prefix, colon, name = game.partition(":")
+    if colon:
+        candidates, name = [suite(prefix.lower())], name
+    else:
+        candidates, name = [each for each in map(suite, SUITES) if not each.prefixed], game
+    for each in candidates:
+        found = each.resolve(name)
+        if found is not None:
+            return each, found
+    known = [each for candidate in candidates for each in candidate.names()]
+    offered = "; ".join(candidate.description for candidate in candidates)
+    raise UserError(f"unknown game {game!r}{did_you_mean(name, known)}: expected {offered}")
+
+
+def full_name(game: str) -> str:
+    """The one right spelling of a game, with its suite where that is needed.
+
+    Raises:
+      UserError: nothing is called so.
+    """
+    found, name = resolve(game)
+    return f"{found.name}:{name}" if found.prefixed else name
+
+
+def make_vector_env(
+    game: str, settings: "EnvConfig | None", num_envs: int, seed: int, *, evaluation: bool = False
+) -> "VectorEnv":
+    """Environments of one game, after a probe on a throwaway one.
+
+    Args:
+      game: any spelling that `resolve` knows.
+      settings: of the suite's class; None means as published. Its `num_envs` is not looked at.
+      num_envs: how many to step together.
+      seed: decides everything random in all of them.
+      evaluation: whether games are played to be counted.
+
+    Raises:
+      UserError: there is no such game, or it cannot be made here.
+      RuntimeError: the probe found images blank or resets not as `Env` promises.
+    """
+    from twister_jax.envs.probe import probe
+    from twister_jax.envs.vector import SerialVectorEnv
+
+    found, name = resolve(game)
+    chosen: Any = found.settings if settings is None else settings
+
+    probe(found.make(name, found.for_probe(chosen), seed, evaluation=evaluation), game)
+    identity = {"game": full_name(game), "evaluation": evaluation, **found.identity(name, chosen)}
+    return SerialVectorEnv(
+        lambda seed: found.make(name, chosen, seed, evaluation=evaluation), num_envs, seed, identity
+    )

@@ -1,29 +1,81 @@
-"""One Atari game under the Atari 100k protocol, on ALE itself.
+"""Atari games under the Atari 100k protocol, on ALE itself.
 
 ale-py also has a vector environment in C++, but that cannot save its state, so a run could not be resumed
 exactly.
 """
 
-import base64
+import dataclasses
 import enum
-import zlib
+import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
-import ale_py
 import numpy as np
 from jaxtyping import UInt8
 
-from twister_jax.envs.base import EnvSpec, Episode
-from twister_jax.envs.games import rom_path
+from twister_jax.config import EnvConfig
+from twister_jax.envs.base import IMAGE_SIZE, EnvSpec, Episode, Step, Suite
 from twister_jax.envs.resize import AreaResize
-from twister_jax.envs.single import SingleStep
+from twister_jax.errors import UserError
+from twister_jax.fields import CHANGEABLE, FractionBelowOne, PositiveInt, Range
 
-IMAGE_SIZE = 64
 NOOP = 0
 FIRE = 1
-_RESET = 255  # stands among the emulator's actions in the record of what was done to it
-_REBOOT_AFTER = 20_000  # emulator frames, about a second and a half of emulation
+_PROBE_STEPS = 16
+
+# (random, human) raw scores, as every Atari 100k paper uses them (Mnih et al. 2015; Wang et al. 2016).
+REFERENCE_SCORES: dict[str, tuple[float, float]] = {
+    "Alien": (227.8, 7127.7),
+    "Amidar": (5.8, 1719.5),
+    "Assault": (222.4, 742.0),
+    "Asterix": (210.0, 8503.3),
+    "BankHeist": (14.2, 753.1),
+    "BattleZone": (2360.0, 37187.5),
+    "Boxing": (0.1, 12.1),
+    "Breakout": (1.7, 30.5),
+    "ChopperCommand": (811.0, 7387.8),
+    "CrazyClimber": (10780.5, 35829.4),
+    "DemonAttack": (152.1, 1971.0),
+    "Freeway": (0.0, 29.6),
+    "Frostbite": (65.2, 4334.7),
+    "Gopher": (257.6, 2412.5),
+    "Hero": (1027.0, 30826.4),
+    "Jamesbond": (29.0, 302.8),
+    "Kangaroo": (52.0, 3035.0),
+    "Krull": (1598.0, 2665.5),
+    "KungFuMaster": (258.5, 22736.3),
+    "MsPacman": (307.3, 6951.6),
+    "Pong": (-20.7, 14.6),
+    "PrivateEye": (24.9, 69571.3),
+    "Qbert": (163.9, 13455.0),
+    "RoadRunner": (11.5, 7845.0),
+    "Seaquest": (68.4, 42054.7),
+    "UpNDown": (533.4, 11693.2),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class AtariConfig(EnvConfig):
+    """The Atari 100k protocol."""
+
+    frame_skip: Annotated[int, Range(1, 100)] = 4
+    """Emulator frames per agent step; the observation is the maximum over the last two."""
+    noop_max: Annotated[int, Range(0, 100_000)] = 30
+    """After a reset 1 to this many no-ops are played; 0 plays none."""
+    sticky_actions: FractionBelowOne = 0.0
+    """Probability that the emulator repeats the previous action."""
+    grayscale: bool = False
+    """One grey channel in place of RGB."""
+    life_loss_ends_episode: bool = False
+    """A lost life ends the episode for learning; the game itself goes on."""
+    fire_start: bool = False
+    """Press FIRE after a reset and after a lost life, in games whose action 1 is FIRE."""
+    time_limit_frames: PositiveInt = 108_000
+    """Emulator frames after which a game is cut, without being terminal."""
+    evaluation_noop_max: Annotated[int, Range(0, 100_000), CHANGEABLE] = 30
+    """As `noop_max`, for evaluation games."""
+    evaluation_time_limit_frames: Annotated[PositiveInt, CHANGEABLE] = 108_000
+    """As `time_limit_frames`, for evaluation games."""
 
 
 class _Next(enum.Enum):
@@ -34,70 +86,6 @@ class _Next(enum.Enum):
     RESUME_GAME = "resume game"  # a lost life ended the episode, but not the game
 
 
-class _Emulator:
-    """ALE with a memory of everything done to it since it was switched on.
-
-    That record is its saved state. ALE can save a state itself, but not all of it (ale-py 0.12): the last
-    picture, the positions at which the video chip draws objects, the data bus and the action that sticky
-    actions repeat are left out, and games such as Qbert and Alien then go on with other pixels, some with
-    another memory. Doing the same again from the start gives the same, whatever ALE forgets. To keep the
-    record short, the emulator is switched off and on at the start of a game when it has become long.
-
-    Args:
-      rom: path of the ROM.
-      seed: of ALE's own generator.
-    """
-
-    def __init__(self, rom: Path, seed: int):
-        self._rom = rom
-        self._seed = seed
-        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
-        self._boot()
-
-    def reset(self) -> None:
-        """Starts the game over."""
-        if len(self._record) > _REBOOT_AFTER:
-            self._boot()
-        self._record.append(_RESET)
-        self.ale.reset_game()
-
-    def act(self, action: int) -> int:
-        """Emulates one frame and returns its reward."""
-        self._record.append(action)
-        return self.ale.act(action)
-
-    def lives(self) -> int:
-        return self.ale.lives()
-
-    def game_over(self) -> bool:
-        return self.ale.game_over(with_truncation=False)
-
-    def get_state(self) -> dict[str, Any]:
-        record = base64.b64encode(zlib.compress(self._record)).decode()
-        return {"seed": self._seed, "record": record}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Does everything again: takes as long as emulating that many frames."""
-        self._seed = state["seed"]
-        record = zlib.decompress(base64.b64decode(state["record"]))
-        self._boot()
-        for action in record:
-            if action == _RESET:
-                self.ale.reset_game()
-            else:
-                self.ale.act(action)
-        self._record = bytearray(record)
-
-    def _boot(self) -> None:
-        self.ale = ale_py.ALEInterface()
-        self.ale.setInt("random_seed", self._seed)
-        self.ale.setInt("frame_skip", 1)
-        # On by default. `AtariEnv` repeats actions itself, from a generator that it can save.
-        self.ale.setFloat("repeat_action_probability", 0.0)
-        self.ale.loadROM(self._rom)
-        self._record = bytearray()
-
-
 class AtariEnv:
     """One game: frame skip, maximum over two frames, no-op starts, 64x64 area-resized images.
 
@@ -106,7 +94,7 @@ class AtariEnv:
     plays one no-op step and goes on with the same game, and the score is still reported at game over.
 
     Args:
-      game: canonical name (`games.resolve_game`).
+      game: its name, rightly spelled.
       seed: decides everything random: the emulator's seed, the number of no-ops, sticky actions.
       frame_skip: emulator frames per agent step. The image is the pixel-wise maximum of the last two; of
         a game that ends earlier within a step, its last frame.
@@ -143,7 +131,9 @@ class AtariEnv:
         self._time_limit_frames = time_limit_frames
         self._rng = np.random.default_rng(seed)
 
-        self._emulator = _Emulator(rom_path(game), int(self._rng.integers(1, 2**31)))
+        from twister_jax.envs.emulator import Emulator
+
+        self._emulator = Emulator(rom_path(game), int(self._rng.integers(1, 2**31)))
 
         actions = self._emulator.ale.getMinimalActionSet()
         self._actions = [action.value for action in actions]
@@ -165,16 +155,12 @@ class AtariEnv:
         self._length = 0
         self._frames = 0
 
-    def reset(self) -> SingleStep:
-        """Starts a new game; an unfinished one is not reported."""
+    def reset(self) -> Step:
+        """See `Env`."""
         return self._start_game()
 
-    def step(self, action: int) -> SingleStep:
-        """Takes one agent step, or a reset step where the episode had ended.
-
-        Args:
-          action: index into `spec.action_names`.
-        """
+    def step(self, action: int) -> Step:
+        """See `Env`."""
         if self._next is _Next.START_GAME:
             return self._start_game()
         if self._next is _Next.RESUME_GAME:
@@ -192,10 +178,10 @@ class AtariEnv:
         elif life_ends:
             self._next = _Next.RESUME_GAME
         episode = self._episode(truncated=cut) if over or cut else None
-        return SingleStep(self._image(), reward, over or life_ends, False, episode)
+        return Step(self._image(), reward, over or life_ends, False, episode)
 
     def get_state(self) -> dict[str, Any]:
-        """Everything that decides what happens next, as JSON can hold it."""
+        """See `Env`."""
         return {
             "emulator": self._emulator.get_state(),
             "rng": self._rng.bit_generator.state,
@@ -208,7 +194,7 @@ class AtariEnv:
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on from what `get_state` returned, in an environment made with the same arguments."""
+        """See `Env`."""
         self._emulator.set_state(state["emulator"])
         self._rng.bit_generator.state = state["rng"]
         self._next = _Next(state["next"])
@@ -218,7 +204,7 @@ class AtariEnv:
         self._length = state["length"]
         self._frames = state["frames"]
 
-    def _start_game(self) -> SingleStep:
+    def _start_game(self) -> Step:
         self._reset_emulator()
         if self._fire:
             self._hold(FIRE, self._frame_skip)
@@ -230,9 +216,9 @@ class AtariEnv:
         self._score = 0.0
         self._length = 0
         self._frames = 0
-        return SingleStep(self._image(), 0.0, False, True, None)
+        return Step(self._image(), 0.0, False, True, None)
 
-    def _resume_game(self) -> SingleStep:
+    def _resume_game(self) -> Step:
         """The reset step after a lost life: one step without action, in the same game.
 
         What it earns belongs to the score, but not to a reset step. Should it end the game, the game is
@@ -243,7 +229,7 @@ class AtariEnv:
             episode = self._episode(truncated=False)
             return self._start_game()._replace(episode=episode)
         self._next = _Next.ACT
-        return SingleStep(self._image(), 0.0, False, True, None)
+        return Step(self._image(), 0.0, False, True, None)
 
     def _act(self, action: int) -> tuple[float, bool]:
         """Plays one step of a game that counts; returns its reward and whether a life was lost."""
@@ -300,3 +286,108 @@ class AtariEnv:
 
     def _episode(self, truncated: bool) -> Episode:
         return Episode(env=0, score=self._score, length=self._length, truncated=truncated)
+
+
+class AtariSuite(Suite):
+    """The 26 games of Atari 100k, and every other single-player game in ale-py's wheel."""
+
+    name = "atari"
+    description = "a game of Atari 100k (" + ", ".join(REFERENCE_SCORES) + ")"
+    settings = AtariConfig()
+    presets: ClassVar = {
+        "cpu": {"env.evaluation_time_limit_frames": 18_000},
+        "debug": {"env.time_limit_frames": 2_000, "env.evaluation_time_limit_frames": 2_000},
+    }
+
+    def names(self) -> tuple[str, ...]:
+        """See `Suite`."""
+        return tuple(REFERENCE_SCORES)
+
+    def resolve(self, name: str) -> str | None:
+        """See `Suite`.
+
+        `MsPacman`, `ms_pacman`, `ms-pacman`, `ALE/MsPacman-v5` and `MsPacmanNoFrameskip-v4` are the same
+        game, in any case.
+        """
+        key = _key(name)
+        for known in REFERENCE_SCORES:
+            if _key(known) == key:
+                return known
+        from twister_jax.envs.emulator import roms  # loaded only where somebody needs it
+
+        return next((known for known in roms() if _key(known) == key), None)
+
+    def make(self, name: str, settings: AtariConfig, seed: int, *, evaluation: bool = False) -> AtariEnv:
+        """See `Suite`."""
+        return AtariEnv(
+            name,
+            seed,
+            frame_skip=settings.frame_skip,
+            noop_max=settings.evaluation_noop_max if evaluation else settings.noop_max,
+            sticky_actions=settings.sticky_actions,
+            grayscale=settings.grayscale,
+            life_loss_ends_episode=settings.life_loss_ends_episode,
+            fire_start=settings.fire_start,
+            time_limit_frames=(
+                settings.evaluation_time_limit_frames if evaluation else settings.time_limit_frames
+            ),
+        )
+
+    def for_probe(self, settings: AtariConfig) -> AtariConfig:
+        """See `Suite`: a short time limit makes the probe see an episode's end."""
+        limit = _PROBE_STEPS * settings.frame_skip
+        return dataclasses.replace(settings, time_limit_frames=limit, evaluation_time_limit_frames=limit)
+
+    def identity(self, name: str, settings: AtariConfig) -> dict[str, Any]:
+        """See `Suite`."""
+        import ale_py
+
+        training = {
+            field: value
+            for field, value in super().identity(name, settings).items()
+            if not field.startswith("evaluation_")
+        }
+        return {"ale_py": ale_py.__version__, **training}
+
+    def protocol(self, name: str, settings: AtariConfig) -> dict[str, Any]:
+        """See `Suite`."""
+        return {
+            "frames": f"64x64 {'grey' if settings.grayscale else 'RGB'}, "
+            "maximum of the last two emulator frames",
+            "frame_skip": settings.frame_skip,
+            "sticky_actions": settings.sticky_actions,
+            "full_action_set": False,
+            "life_loss_ends_game": False,
+            "life_loss_ends_episode_in_training": settings.life_loss_ends_episode,
+            "fire_start": settings.fire_start,
+            "noop_max": settings.evaluation_noop_max,
+            "time_limit_frames": settings.evaluation_time_limit_frames,
+        }
+
+    def reference_scores(self, name: str) -> tuple[float, float] | None:
+        """See `Suite`: as every Atari 100k paper uses them."""
+        return REFERENCE_SCORES.get(name)
+
+
+def rom_path(game: str) -> Path:
+    """The ROM of a game, rightly spelled.
+
+    Raises:
+      UserError: the game has no ROM in ale-py's wheel.
+    """
+    from twister_jax.envs.emulator import roms
+
+    try:
+        return roms()[game]
+    except KeyError:
+        raise UserError(f"{game} has no ROM in the installed ale-py") from None
+
+
+def _key(name: str) -> str:
+    """What all spellings of a game have in common."""
+    name = re.sub(r"^ale/", "", name.strip().lower())
+    name = re.sub(r"(noframeskip|deterministic)?-v\d+$", "", name)
+    return re.sub(r"[ _-]", "", name)
+
+
+SUITE = AtariSuite()

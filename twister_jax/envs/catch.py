@@ -1,21 +1,29 @@
 """Catch: a tiny game from pixels that a working agent learns in minutes (Osband et al. 2020, bsuite)."""
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import UInt8
 
-from twister_jax.envs.base import EnvSpec, Episode
-from twister_jax.envs.single import SingleStep
+from twister_jax.config import EnvConfig
+from twister_jax.envs.base import IMAGE_SIZE, EnvSpec, Episode, Step, Suite
 
 ROWS = 10
 COLUMNS = 5
-IMAGE_SIZE = 64
 
 # Red, green, blue, luminance.
 BACKGROUND = (16, 16, 28, 17)
 BALL = (250, 220, 60, 211)
 PADDLE = (60, 140, 250, 129)
+
+
+@dataclasses.dataclass(frozen=True)
+class CatchConfig(EnvConfig):
+    """Catch, whose episodes are nine steps long."""
+
+    grayscale: bool = False
+    """One grey channel in place of RGB."""
 
 
 class CatchEnv:
@@ -41,31 +49,27 @@ class CatchEnv:
             action_names=("LEFT", "STAY", "RIGHT"),
         )
 
-    def reset(self) -> SingleStep:
-        """Starts a new game; an unfinished one is not reported."""
+    def reset(self) -> Step:
+        """See `Env`."""
         self._row = 0
         self._ball = int(self._rng.integers(COLUMNS))
         self._paddle = COLUMNS // 2
-        return SingleStep(self._image(), 0.0, False, True, None)
+        return Step(self._image(), 0.0, False, True, None)
 
-    def step(self, action: int) -> SingleStep:
-        """Moves paddle and ball, or starts a new game where the last one had ended.
-
-        Args:
-          action: index into `spec.action_names`.
-        """
+    def step(self, action: int) -> Step:
+        """See `Env`."""
         if self._row == ROWS - 1:
             return self.reset()
         self._row += 1
         self._paddle = min(max(self._paddle + action - 1, 0), COLUMNS - 1)
         if self._row < ROWS - 1:
-            return SingleStep(self._image(), 0.0, False, False, None)
+            return Step(self._image(), 0.0, False, False, None)
         reward = 1.0 if self._paddle == self._ball else -1.0
         episode = Episode(env=0, score=reward, length=ROWS - 1, truncated=False)
-        return SingleStep(self._image(), reward, True, False, episode)
+        return Step(self._image(), reward, True, False, episode)
 
     def get_state(self) -> dict[str, Any]:
-        """Everything that decides what happens next, as JSON can hold it."""
+        """See `Env`."""
         return {
             "rng": self._rng.bit_generator.state,
             "row": self._row,
@@ -74,7 +78,7 @@ class CatchEnv:
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on from what `get_state` returned."""
+        """See `Env`."""
         self._rng.bit_generator.state = state["rng"]
         self._row = state["row"]
         self._ball = state["ball"]
@@ -88,3 +92,36 @@ class CatchEnv:
         pixels = np.arange(IMAGE_SIZE)
         rows, columns = pixels * ROWS // IMAGE_SIZE, pixels * COLUMNS // IMAGE_SIZE
         return cells[rows[:, None], columns, self._channels]
+
+
+class CatchSuite(Suite):
+    """One game."""
+
+    name = "catch"
+    description = "Catch"
+    settings = CatchConfig()
+    presets: ClassVar = {"cpu": {"train.steps": 1_600, "evaluation.episodes": 100}}
+
+    def names(self) -> tuple[str, ...]:
+        """See `Suite`."""
+        return ("Catch",)
+
+    def resolve(self, name: str) -> str | None:
+        """See `Suite`."""
+        return "Catch" if name.strip().lower() == "catch" else None
+
+    def make(self, name: str, settings: CatchConfig, seed: int, *, evaluation: bool = False) -> CatchEnv:
+        """See `Suite`."""
+        return CatchEnv(seed, grayscale=settings.grayscale)
+
+    def protocol(self, name: str, settings: CatchConfig) -> dict[str, Any]:
+        """See `Suite`."""
+        return {
+            "frames": f"64x64 {'grey' if settings.grayscale else 'RGB'}, drawn anew at every step",
+            "frame_skip": 1,
+            "episode": f"{ROWS - 1} steps; reward 1 or -1 with the last",
+            "best_score": 1.0,
+        }
+
+
+SUITE = CatchSuite()

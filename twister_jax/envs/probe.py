@@ -1,19 +1,28 @@
 """A short look at a throwaway environment, before a run trusts its kind."""
 
+from typing import Any
+
 import numpy as np
 
-from twister_jax.envs.single import SingleEnv, SingleStep
+from twister_jax.envs.base import Env, Step
 
 _STEPS = 64
 
 
-def probe(env: SingleEnv, name: str) -> None:
+def probe(env: Env, name: str) -> None:
     """Plays some steps, across an episode's end if there is one, and checks what every run relies on.
 
     Raises:
       RuntimeError: images of another kind than the specification says, all images blank, or resets that
         are not steps of their own. The message says which.
     """
+    generator = np.random.default_rng(0)
+
+    def action(count: int) -> Any:
+        if env.spec.discrete:
+            return count % env.spec.num_actions
+        return env.spec.to_env(env.spec.random_actions(generator, 1))[0]
+
     step = env.reset()
     _require(step.is_first, name, "reset() did not return a reset step")
     seen = False
@@ -23,7 +32,7 @@ def probe(env: SingleEnv, name: str) -> None:
         # Some games show nothing for their first frames, so one picture among many is enough.
         seen = seen or step.image.min() < step.image.max()
         was_end = (step.terminal or step.episode is not None) and not step.is_first
-        step = env.step(count % env.spec.num_actions)
+        step = env.step(action(count))
         if was_end:
             ended = True
             _require(step.is_first, name, "the step after an episode's end is not a reset step")
@@ -32,7 +41,7 @@ def probe(env: SingleEnv, name: str) -> None:
     _require(seen, name, f"the first {_STEPS} images are blank")
 
 
-def _check(step: SingleStep, env: SingleEnv, name: str) -> None:
+def _check(step: Step, env: Env, name: str) -> None:
     shape, dtype = step.image.shape, step.image.dtype
     expected = env.spec.image_shape
     _require(

@@ -5,75 +5,16 @@ import json
 import logging
 from collections.abc import Callable
 from operator import methodcaller
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import ale_py
 import numpy as np
-from jaxtyping import Int
 
-from twister_jax.envs.atari import AtariEnv
-from twister_jax.envs.base import EnvSpec, EnvStep, VectorEnv
-from twister_jax.envs.catch import CatchEnv
-from twister_jax.envs.games import CATCH, resolve_game
-from twister_jax.envs.probe import probe
-from twister_jax.envs.single import SingleEnv, SingleStep
-
-if TYPE_CHECKING:
-    from twister_jax.config import EnvConfig
+from twister_jax.envs.base import Env, EnvSpec, EnvStep, Step
 
 log = logging.getLogger(__name__)
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 _FORGIVEN_AFTER = 300  # steps without a failure after which an environment's earlier ones no longer count
-_PROBE_STEPS = 16
-
-
-def make_vector_env(game: str, config: "EnvConfig", num_envs: int, seed: int) -> VectorEnv:
-    """Environments of one game, after a probe on a throwaway one.
-
-    Catch heeds only `grayscale`: its episodes are nine steps long and have no lives.
-
-    Args:
-      game: any spelling `resolve_game` knows.
-      config: the protocol. `num_envs` is taken from the argument, so that evaluation can differ.
-      num_envs: how many to step together.
-      seed: decides everything random in all of them.
-
-    Raises:
-      UserError: unknown game.
-      RuntimeError: the probe found images blank or resets not as `VectorEnv` promises.
-    """
-    game = resolve_game(game)
-    identity: dict[str, Any] = {"game": game}
-    if game == CATCH:
-        identity["grayscale"] = config.grayscale
-
-        def make(seed: int) -> SingleEnv:
-            return CatchEnv(seed, grayscale=config.grayscale)
-
-        probe(make(seed), game)
-    else:
-        settings = {name: getattr(config, name) for name in _ATARI_SETTINGS}
-        identity |= {"ale_py": ale_py.__version__, **settings}
-
-        def make(seed: int) -> SingleEnv:
-            return AtariEnv(game, seed, **settings)
-
-        # A short time limit makes the probe see an episode's end.
-        short = settings | {"time_limit_frames": _PROBE_STEPS * config.frame_skip}
-        probe(AtariEnv(game, seed, **short), game)
-    return SerialVectorEnv(make, num_envs, seed, identity)
-
-
-_ATARI_SETTINGS = (
-    "frame_skip",
-    "noop_max",
-    "sticky_actions",
-    "grayscale",
-    "life_loss_ends_episode",
-    "fire_start",
-    "time_limit_frames",
-)
 
 
 @dataclasses.dataclass
@@ -112,7 +53,7 @@ class SerialVectorEnv:
 
     def __init__(
         self,
-        make_env: Callable[[int], SingleEnv],
+        make_env: Callable[[int], Env],
         num_envs: int,
         seed: int,
         identity: dict[str, Any],
@@ -127,8 +68,8 @@ class SerialVectorEnv:
         self._max_failures = max_failures
         self._health = [_Health() for _ in range(num_envs)]
         self._envs = [self._build(index) for index in range(num_envs)]
-        self._last: list[SingleStep] = []
-        self._retired: dict[int, SingleStep] = {}
+        self._last: list[Step] = []
+        self._retired: dict[int, Step] = {}
         self.spec = self._envs[0].spec
 
     def reset(self) -> EnvStep:
@@ -137,11 +78,11 @@ class SerialVectorEnv:
         self._last = [self._guarded(i, methodcaller("reset")) for i in range(self.num_envs)]
         return _together(self._last)
 
-    def step(self, actions: Int[np.ndarray, " env"]) -> EnvStep:
+    def step(self, actions: np.ndarray) -> EnvStep:
         """Takes one step in every environment; see `VectorEnv`.
 
         Raises:
-          ValueError: an action out of range, or not one integer per environment.
+          ValueError: an action out of range, or of another kind or shape than the specification says.
         """
         self._last = [
             self._retired.get(i) or self._guarded(i, methodcaller("step", action))
@@ -152,7 +93,7 @@ class SerialVectorEnv:
     def retire(self, env: int) -> None:
         """See `VectorEnv`."""
         image = self._last[env].image
-        self._retired[env] = SingleStep(image, reward=0.0, terminal=False, is_first=False, episode=None)
+        self._retired[env] = Step(image, reward=0.0, terminal=False, is_first=False, episode=None)
 
     def get_state(self) -> bytes:
         """See `VectorEnv`."""
@@ -192,21 +133,30 @@ class SerialVectorEnv:
         """Lets the emulators go."""
         self._envs = []
 
-    def _checked(self, actions: Int[np.ndarray, " env"]) -> list[int]:
-        actions = np.asarray(actions)
-        if actions.shape != (self.num_envs,) or not np.issubdtype(actions.dtype, np.integer):
+    def _checked(self, actions: np.ndarray) -> list[Any]:
+        actions, spec = np.asarray(actions), self.spec
+        if spec.discrete:
+            if actions.shape != (self.num_envs,) or not np.issubdtype(actions.dtype, np.integer):
+                raise ValueError(
+                    f"expected {self.num_envs} integer actions, got {actions.dtype} of shape {actions.shape}"
+                )
+            if actions.min() < 0 or actions.max() >= spec.num_actions:
+                raise ValueError(f"actions must be in 0..{spec.num_actions - 1}, got {actions.tolist()}")
+            return actions.tolist()
+        shape = (self.num_envs, spec.num_actions)
+        if actions.shape != shape or not np.issubdtype(actions.dtype, np.floating):
             raise ValueError(
-                f"expected {self.num_envs} integer actions, got {actions.dtype} of shape {actions.shape}"
+                f"expected actions of shape {shape} in [-1, 1], got {actions.dtype} of shape {actions.shape}"
             )
-        if actions.min() < 0 or actions.max() >= self.spec.num_actions:
-            raise ValueError(f"actions must be in 0..{self.spec.num_actions - 1}, got {actions.tolist()}")
-        return actions.tolist()
+        if not np.all(np.abs(actions) <= 1):
+            raise ValueError(f"actions must be in [-1, 1], got {actions.tolist()}")
+        return list(actions)
 
-    def _build(self, index: int) -> SingleEnv:
+    def _build(self, index: int) -> Env:
         entropy = np.random.SeedSequence((self._seed, index, self._health[index].rebuilds))
         return self._make_env(int(entropy.generate_state(1, np.uint64)[0]))
 
-    def _guarded(self, index: int, call: Callable[[SingleEnv], SingleStep]) -> SingleStep:
+    def _guarded(self, index: int, call: Callable[[Env], Step]) -> Step:
         try:
             step = call(self._envs[index])
         except Exception as error:
@@ -217,7 +167,7 @@ class SerialVectorEnv:
             health.failures = 0
         return step
 
-    def _recover(self, index: int, error: Exception) -> SingleStep:
+    def _recover(self, index: int, error: Exception) -> Step:
         """Builds an environment anew, until one can be reset or the patience ends."""
         health = self._health[index]
         while True:
@@ -242,7 +192,7 @@ class SerialVectorEnv:
                 error = again
 
 
-def _together(steps: list[SingleStep]) -> EnvStep:
+def _together(steps: list[Step]) -> EnvStep:
     """New arrays every time: a device may still be reading the last ones when the next step is taken."""
     return EnvStep(
         image=np.stack([step.image for step in steps]),

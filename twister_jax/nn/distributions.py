@@ -1,11 +1,11 @@
 """Distributions over latents, actions, rewards and values. All arithmetic is float32.
 
-Each is a frozen pytree around the network's output. `draw` gives a plain sample, `straight_through` makes
-the gradient of a given sample flow through the probabilities.
+Each is a frozen pytree around a network's output. `draw` gives a sample without gradient; `straight_through`
+gives a sample the gradient of the probabilities.
 """
 
 import zlib
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import chex
 import jax
@@ -16,12 +16,12 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 
 def symlog(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """sign(x)·ln(1 + |x|) (Hafner et al. 2023, eq. 9)."""
+    """sign(x)·ln(1 + |x|) (Hafner et al. 2023, arXiv:2301.04104, eq. 9)."""
     return jnp.sign(x) * jnp.log1p(jnp.abs(x))
 
 
 def symexp(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Inverse of symlog."""
+    """The inverse of `symlog`: sign(x)·(exp(|x|) − 1)."""
     return jnp.sign(x) * jnp.expm1(jnp.abs(x))
 
 
@@ -66,16 +66,16 @@ class OneHot:
         return jax.lax.stop_gradient(sample - probs) + probs
 
     def mode(self) -> Float[Array, "*batch classes"]:
-        """The most probable class, one-hot, without gradient."""
+        """The most probable class, one-hot and without gradient."""
         return jax.nn.one_hot(jnp.argmax(self.logits, -1), self.logits.shape[-1], dtype=self.logits.dtype)
 
     def log_prob(self, sample: Float[Array, "*batch classes"]) -> Float[Array, "*batch"]:
-        """Ln p(sample) of one-hot samples."""
+        """Log-probability of one-hot samples."""
         chex.assert_equal_shape([sample, self.logits])
         return jnp.sum(sample * self.logits, -1)
 
     def entropy(self) -> Float[Array, "*batch"]:
-        """In nats."""
+        """Entropy in nats."""
         return -jnp.sum(self.probs * self.logits, -1)
 
     def kl(self, other: "OneHot") -> Float[Array, "*batch"]:
@@ -107,19 +107,19 @@ class BoundedNormal:
         return self.mean
 
     def log_prob(self, sample: Float[Array, "*batch action"]) -> Float[Array, "*batch"]:
-        """Ln p(sample), summed over action dimensions."""
+        """Log-density of the sample, summed over action dimensions."""
         chex.assert_equal_shape([sample, self.mean])
         standard = (sample - self.mean) / self.std
         return jnp.sum(-0.5 * standard**2 - jnp.log(self.std) - 0.5 * jnp.log(2 * jnp.pi), -1)
 
     def entropy(self) -> Float[Array, "*batch"]:
-        """In nats, summed over action dimensions."""
+        """Entropy in nats, summed over action dimensions."""
         return jnp.sum(jnp.log(self.std) + 0.5 * jnp.log(2 * jnp.pi * jnp.e), -1)
 
 
 @struct.dataclass
 class SymlogTwoHot:
-    """A scalar as a categorical over symlog bins linspace(−20, 20) (Hafner et al. 2023, eq. 10-12)."""
+    """A scalar as a categorical over symlog bins linspace(−20, 20) (arXiv:2301.04104, eq. 10-12)."""
 
     logits: Float[Array, "*batch bins"]
 
@@ -128,27 +128,27 @@ class SymlogTwoHot:
         return jnp.linspace(-20.0, 20.0, self.logits.shape[-1], dtype=jnp.float32)
 
     def mean(self) -> Float[Array, "*batch"]:
-        """Symexp of the expected bin."""
+        """The symexp of the expected bin."""
         return symexp(jnp.sum(jax.nn.softmax(self.logits) * self._bins, -1))
 
     def log_prob(self, target: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
         """Negative cross-entropy to symlog(target) split linearly between its two nearest bins."""
         chex.assert_shape(target, self.logits.shape[:-1])
         bins = self.logits.shape[-1]
-        place = jnp.clip((symlog(target) + 20.0) / (40.0 / (bins - 1)), 0, bins - 1)
+        position = jnp.clip((symlog(target) + 20.0) / (40.0 / (bins - 1)), 0, bins - 1)
         # A hat function per bin gives the same two weights without gathers or scatters.
-        weights = jnp.maximum(0.0, 1.0 - jnp.abs(place[..., None] - jnp.arange(bins)))
+        weights = jnp.maximum(0.0, 1.0 - jnp.abs(position[..., None] - jnp.arange(bins)))
         return jnp.sum(weights * jax.nn.log_softmax(self.logits), -1)
 
 
 @struct.dataclass
 class Bernoulli:
-    """A coin per entry."""
+    """One binary variable per entry."""
 
     logit: Float[Array, "*batch"]
 
     def log_prob(self, target: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-        """Ln p(target), target in [0, 1]."""
+        """Log-probability of targets in [0, 1], linear in between."""
         chex.assert_equal_shape([target, self.logit])
         return -(jax.nn.softplus(self.logit) - target * self.logit)
 
@@ -161,18 +161,19 @@ Policy = OneHot | BoundedNormal
 
 
 def policy_distribution(raw: Float[Array, "*batch outputs"], discrete: bool, uniform_mix: float) -> Policy:
-    """What a policy head's output means: categorical for discrete actions, else Gaussian."""
+    """The policy that a head's output stands for: categorical for discrete actions, else Gaussian."""
     return OneHot.of(raw, uniform_mix) if discrete else BoundedNormal.of(raw)
 
 
+@runtime_checkable
 class Sampler(Protocol):
-    """Where a formulation draws, it asks for the draw by name: training gives keys, parity given samples."""
+    """How a model draws: it asks for a sample by name. Training draws it with a key, parity looks it up."""
 
     def __call__(self, name: str, distribution: Policy) -> Float[Array, "*batch outcomes"]: ...
 
 
 class KeySampler:
-    """Draws with a key folded by the name of the draw."""
+    """Draws with a key derived from the name of the draw."""
 
     def __init__(self, key: PRNGKeyArray):
         self._key = key

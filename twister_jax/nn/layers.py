@@ -1,4 +1,4 @@
-"""The small parts that networks are made of: initialisers, norms and multi-layer perceptrons."""
+"""The small parts that networks consist of: initialisers, linear layers, norms and heads."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from twister_jax.nn.rowwise import norm_silu
+from twister_jax.nn.kernels import norm_silu
 
 Initializer = Callable[..., Array]
 Network = TypeVar("Network", bound=nnx.Module)
@@ -31,9 +31,9 @@ def uniform_fan_in(fan_in: int) -> Initializer:
 
 
 def add_bias(x: Array, bias: Array) -> Array:
-    """x + bias in the type of x, the sum and the bias's gradient taken in float32.
+    """x + bias in the type of x, with the sum and the bias's gradient taken in float32.
 
-    That gradient is a sum over every row and pixel: in bfloat16 it stops growing after a few hundred of them.
+    The gradient is a sum over every row and pixel: in bfloat16 it stops growing after a few hundred of them.
     """
     return (x.astype(jnp.float32) + bias).astype(x.dtype)
 
@@ -44,17 +44,17 @@ class Linear(nnx.Linear):
     def __call__(self, inputs: Float[Array, "*batch inputs"], out_sharding=None) -> Array:
         """Returns [*batch, outputs] in `dtype`."""
         assert out_sharding is None, "not supported"
-        # One product of two matrices: of more axes than two XLA's CPU backend copies the gradients first.
+        # One product of two matrices: with more axes, XLA's CPU backend copies the gradients first.
         rows = inputs.reshape(-1, inputs.shape[-1]).astype(self.dtype)
         y = jnp.matmul(rows, self.kernel[...].astype(self.dtype))
         y = y if self.bias is None else add_bias(y, self.bias[...])
         return y.reshape(*inputs.shape[:-1], y.shape[-1])
 
 
-def rounded(network: Network) -> Network:
-    """The network with the kernels of its linear layers in the type of their products.
+def cast_kernels(network: Network) -> Network:
+    """A copy of the network with the kernels of its linear layers already in the type of their products.
 
-    For use inside of a loop: XLA would round them anew in every round of it.
+    For use inside a loop, where XLA would otherwise cast them in every iteration.
     """
     network = nnx.clone(network)
     for _, layer in nnx.iter_modules(network):
@@ -72,8 +72,8 @@ def pytorch_linear(features_in: int, features_out: int, *, dtype: DTypeLike, rng
 def layer_norm(features: int, epsilon: float, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """Layer normalisation; statistics are always float32, the result has `dtype`.
 
-    The variance is the mean of squared distances from the mean. That is more exact than the difference of two
-    means, and on a GPU XLA makes one kernel of it.
+    The variance is the mean of squared distances from the mean. That is more exact than a difference of two
+    means, and XLA turns it into one kernel on a GPU.
     """
     return nnx.LayerNorm(features, epsilon=epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs)
 
@@ -102,7 +102,7 @@ class NormedLinear(nnx.Module):
 
 
 class Head(nnx.Module):
-    """Trunk of two normed layers and a linear read-out: reward, continue, policy and value have this shape.
+    """Two normed layers and a linear readout: the heads for reward, continuation, policy and value.
 
     Returns float32 [*batch, outputs].
     """

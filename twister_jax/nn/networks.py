@@ -1,4 +1,4 @@
-"""Flax modules used functionally: structure split off once, parameters merged in when a function runs."""
+"""Flax modules used functionally: the structure is split off once, parameters are merged in on use."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,13 +12,13 @@ Params = Any
 """A nested dictionary of arrays."""
 
 MOST_KEYS = 256
-"""To one network."""
+"""Keys that one network can draw."""
 
 
-class Keys:
-    """Gives modules the keys that `nnx.Rngs(key)` would, fold_in(key, 0) and so on, all made in one go.
+class Keys(nnx.Rngs):
+    """Gives modules the keys that `nnx.Rngs(key)` would, fold_in(key, 0) and so on, computed all at once.
 
-    `nnx.Rngs` makes one at a time and counts on the device, which takes longer to trace than all the rest.
+    `nnx.Rngs` computes one at a time and counts on the device, which takes longer to trace than all the rest.
     """
 
     def __init__(self, key: PRNGKeyArray):
@@ -45,11 +45,6 @@ class Networks:
             name: nnx.split(nnx.eval_shape(lambda make=make: make(rngs=Keys(jax.random.key(0)))))[0]
             for name, make in self._makers.items()
         }
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The networks in the order they were given."""
-        return tuple(self._makers)
 
     def init(self, key: PRNGKeyArray) -> dict[str, Params]:
         """Fresh parameters of every network."""

@@ -1,48 +1,114 @@
-"""What a run keeps on the device besides the replay."""
+"""What a run is between two iterations, as data: arrays on the device, and counters on the host."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Float
 
-from twister_jax.agent import Agent, Carry, Observation, State
-from twister_jax.envs.base import EnvSpec, EnvStep
+from twister_jax.agents.base import Agent, Carry, Observation, State
+from twister_jax.config import Config
+from twister_jax.envs.base import EnvSpec, EnvStep, VectorEnv
 from twister_jax.randomness import Purpose, key_for
+
+MakeAgent = Callable[[Config, EnvSpec], Agent]
+MakeEnv = Callable[..., VectorEnv]
+"""As `envs.make_vector_env`."""
 
 
 @struct.dataclass
-class OnDevice:
+class RunState:
     """The agent, and what acting needs to go on; with the replay, all arrays of a checkpoint."""
 
     agent: State
     carry: Carry
     observation: Observation
     """What the environments showed last; the next action answers it."""
+    action: Float[Array, "env action"]
+    """The newest action; `Counters.acted` says whether the environments have taken it."""
 
     @classmethod
-    def begin(cls, agent: Agent, seed: int, step: EnvStep) -> "OnDevice":
+    def begin(cls, agent: Agent, spec: EnvSpec, seed: int, step: EnvStep) -> "RunState":
         """A new agent in front of its first observation."""
 
         @jax.jit  # what one program returns lies in buffers of its own, so that updates can reuse them
         def make(key):
             state = agent.init(key)
-            return state, agent.init_carry(state, len(step.image))
+            envs = len(step.image)
+            return state, agent.init_carry(state, envs), jnp.zeros((envs, spec.num_actions))
 
-        state, carry = make(key_for(seed, Purpose.INIT))
-        return cls(agent=state, carry=carry, observation=observe(step))
+        state, carry, action = make(key_for(seed, Purpose.INIT))
+        return cls(agent=state, carry=carry, observation=observe(step), action=action)
 
     @classmethod
-    def shapes(cls, agent: Agent, spec: EnvSpec, num_envs: int) -> "OnDevice":
+    def shapes(cls, agent: Agent, spec: EnvSpec, num_envs: int) -> "RunState":
         """The same with shapes in place of arrays; computes nothing."""
-        state = jax.eval_shape(agent.init, key_for(0, Purpose.INIT))
-        observation = jax.eval_shape(
-            lambda: Observation(
+
+        def make(key):
+            state = agent.init(key)
+            observation = Observation(
                 image=jnp.zeros((num_envs, *spec.image_shape), jnp.uint8), is_first=jnp.zeros(num_envs, bool)
             )
-        )
-        carry = jax.eval_shape(lambda state: agent.init_carry(state, num_envs), state)
-        return cls(agent=state, carry=carry, observation=observation)
+            action = jnp.zeros((num_envs, spec.num_actions))
+            return cls(state, agent.init_carry(state, num_envs), observation, action)
+
+        return jax.eval_shape(make, key_for(0, Purpose.INIT))
 
 
 def observe(step: EnvStep) -> Observation:
     """What acting sees of a step, copied to the device."""
     return Observation(jnp.array(step.image), jnp.array(step.is_first))
+
+
+@dataclasses.dataclass
+class Counters:
+    """Where a run stands, as far as the host knows."""
+
+    iterations: int = 0
+    """Times all environments were stepped, resets included."""
+    env_steps: int = 0
+    """Agent steps that took an action."""
+    updates: int = 0
+    """Updates of the interleaved loop."""
+    pretraining_updates: int = 0
+    """Updates of all pretraining phases together."""
+    filled_at: int | None = None
+    """`env_steps` when the random steps were over."""
+    acted: bool = False
+    """An action was chosen that the environments have not taken yet."""
+    episodes: list[tuple[float, int]] = dataclasses.field(default_factory=list)
+    """(score, length) of the games that ended since the last row."""
+    recent_scores: list[float] = dataclasses.field(default_factory=list)
+    """Of the last ten games."""
+    wall_seconds: float = 0.0
+    notes: list[str] = dataclasses.field(default_factory=list)
+    """What a reader of the results should know: resumptions that were not exact, steps that were lost."""
+
+    @property
+    def position(self) -> int:
+        """Names checkpoints: it grows whenever the run gets on."""
+        return self.env_steps + self.pretraining_updates
+
+    def add(self, step: EnvStep) -> None:
+        """Counts what the environments returned."""
+        self.iterations += 1
+        self.env_steps += int((~step.is_first).sum())
+        for episode in step.episodes:
+            self.episodes.append((float(episode.score), int(episode.length)))
+            self.recent_scores = [*self.recent_scores, float(episode.score)][-10:]
+
+
+def updates_due(env_steps: int, filled_at: int | None, updates_per_step: float) -> int:
+    """Updates due after `env_steps` steps, from totals, so that no rounding builds up."""
+    if filled_at is None:
+        return 0
+    return math.floor((env_steps - filled_at) * updates_per_step)
+
+
+def tree_bytes(tree: Any) -> int:
+    """Memory that the arrays of a tree, or their shapes, take."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,65 @@
+"""Clipping and Adam, against Optax's own parts and by hand."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from twister_jax.config import OptimizerConfig
+from twister_jax.nn.optimizer import apply_gradients, global_norm, make_optimizer
+
+
+def step(config, params, gradients, sound=True):
+    state = make_optimizer(config).init(params)
+    return apply_gradients(config, gradients, params, state, jnp.asarray(sound))
+
+
+def tree(seed, scale=1.0):
+    shapes = {"scalar": (), "bias": (5,), "norm": {"scale": (3,)}, "kernel": (5, 3), "stack": (2, 4, 3)}
+    draw = np.random.default_rng(seed).normal
+    leaves, structure = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
+    return structure.unflatten([jnp.asarray(scale * draw(size=shape), jnp.float32) for shape in leaves])
+
+
+@pytest.mark.parametrize("gradients", [tree(0), {"kernel": jnp.ones((2, 3))}, {"bias": jnp.arange(4.0)}])
+def test_the_norm_is_that_of_all_leaves(gradients):
+    np.testing.assert_allclose(global_norm(gradients), optax.tree.norm(gradients), rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_clips_and_steps_as_optax_does(scale):
+    config = OptimizerConfig(0.1, 0.1, 2.0)
+    params, gradients = tree(1), tree(2, scale)
+    reference = optax.chain(optax.clip_by_global_norm(2.0), optax.scale_by_adam(eps=0.1), optax.scale(-0.1))
+    updates, expected = reference.update(gradients, reference.init(params), params)
+    new, state, norm = step(config, params, gradients)
+    chex.assert_trees_all_close(new, optax.apply_updates(params, updates), rtol=1e-5, atol=1e-6)
+    moments = [[each for each in parts if hasattr(each, "mu")] for parts in (state, expected)]
+    chex.assert_trees_all_close(*moments, rtol=1e-5)  # the step forgets a gradient's length, these do not
+    np.testing.assert_allclose(norm, optax.tree.norm(gradients), rtol=1e-6)  # before clipping
+
+
+def test_weight_decay_is_added_to_the_clipped_gradient():
+    """The order of PyTorch's Adam: clip, then L2 into the gradient, then the moments."""
+    weight, gradient = jnp.array([2.0, -1.0]), jnp.array([30.0, 40.0])
+    new, *_ = step(OptimizerConfig(0.1, 0.5, 1.0, 0.5), weight, gradient)
+    total = np.array([0.6, 0.8]) + 0.5 * np.array([2.0, -1.0])
+    np.testing.assert_allclose(new, weight - 0.1 * total / (np.abs(total) + 0.5), rtol=1e-5)
+
+
+def test_a_zero_gradient_changes_nothing():
+    params = tree(3)
+    new, state, norm = step(OptimizerConfig(0.1, 1e-5, 1.0), params, jax.tree.map(jnp.zeros_like, params))
+    chex.assert_trees_all_equal(new, params)
+    chex.assert_tree_all_finite(state)
+    assert norm == 0.0
+
+
+@pytest.mark.parametrize(("bad", "sound"), [(np.nan, True), (np.inf, True), (1.0, False)])
+def test_what_is_not_finite_leaves_no_trace(bad, sound):
+    config, params, gradients = OptimizerConfig(0.1, 1e-5, 1.0), tree(4), tree(5)
+    gradients["bias"] = gradients["bias"].at[2].set(bad)
+    new, state, _ = step(config, params, gradients, sound)
+    chex.assert_trees_all_equal((new, state), (params, make_optimizer(config).init(params)))

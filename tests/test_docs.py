@@ -1,0 +1,57 @@
+"""The code on the pages runs as it stands there."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page):
+    """Python blocks of a page; those that name a file in their first line, by that name."""
+    found = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    named = [(re.match(r"# (\S+\.py)\n", text), text) for text in found]
+    return {match[1] if match else f"block{index}.py": text for index, (match, text) in enumerate(named)}
+
+
+def run(folder, *command):
+    environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+    words = [sys.executable, *map(str, command)]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def write(folder, page):
+    for name, text in blocks(page).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def test_the_agent_on_the_page_trains(tmp_path):
+    write(tmp_path, "docs/agents.md")
+    flags = ["--agent", "little_q", "--game", "Catch", "--preset", "debug", "--logdir", "run"]
+    run(tmp_path, "play.py", "train", *flags)
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["agent"] == "little_q"
+
+
+def test_the_environment_on_the_page_is_played(tmp_path):
+    write(tmp_path, "docs/environments.md")
+    play = "from tests import third; third.register()\n" + (tmp_path / "play.py").read_text()
+    (tmp_path / "play.py").write_text(play)
+    flags = ["--agent", "minimal", "--game", "arena:reach", "--preset", "debug", "--logdir", "run"]
+    run(tmp_path, "play.py", "train", *flags)
+    record = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert (record["game"], record["protocol"]["time_limit"]) == ("arena:reach", 10)
+
+
+@pytest.mark.slow
+def test_the_notebook_of_the_readme_runs(tmp_path):
+    write(tmp_path, "README.md")
+    (script,) = tmp_path.glob("*.py")
+    assert "losses/image" in run(tmp_path, script)

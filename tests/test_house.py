@@ -1,0 +1,48 @@
+"""How the house is kept: names stay in their rooms, files stay small, a third agent is one package."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from twister_jax import agents, envs
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted([*(ROOT / "twister_jax").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
+REGISTRIES = {ROOT / "twister_jax/agents/__init__.py", ROOT / "twister_jax/envs/__init__.py"}
+AGENT_NAMES = ("twister", "twm")
+SUITE_NAMES = ("atari", "catch")
+
+
+def room_of(path: Path) -> str | None:
+    """The agent or the suite that a file belongs to."""
+    parts = path.relative_to(ROOT).parts
+    if parts[:2] == ("twister_jax", "agents") and len(parts) > 3:
+        return parts[2]
+    if parts[:2] == ("twister_jax", "envs") and path.stem in SUITE_NAMES:
+        return path.stem
+    return None
+
+
+def test_names_of_agents_and_suites_stay_in_their_rooms_and_the_registries():
+    assert set(AGENT_NAMES) <= agents.AGENTS.keys()
+    assert set(SUITE_NAMES) <= envs.SUITES.keys()
+    word = re.compile(rf"(?<![\w.-])({'|'.join((*AGENT_NAMES, *SUITE_NAMES))})(?![\w-])", re.IGNORECASE)
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in SOURCES
+        if path not in REGISTRIES and room_of(path) is None
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if word.search(line)
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(("most", "pattern"), [(400, "**/*.py"), (150, "training/loop.py")])
+def test_files_stay_readable(most, pattern):
+    long = {
+        str(path.relative_to(ROOT)): length
+        for path in (ROOT / "twister_jax").glob(pattern)
+        if (length := len(path.read_text().splitlines())) > most
+    }
+    assert not long

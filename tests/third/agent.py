@@ -1,0 +1,83 @@
+"""The functions of the third agent."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from tests.third import MinimalConfig
+from twister_jax.agents.base import Agent, Health, Pretraining
+from twister_jax.replay import store
+
+
+def make_agent(config, spec):
+    algorithm = config.algorithm
+    assert isinstance(algorithm, MinimalConfig)
+
+    def init(key):
+        return {
+            "w": jax.random.normal(key, (spec.num_actions, 16)),
+            "updates": jnp.zeros((), jnp.int32),
+            "health": Health.sound(("image", "weights")),
+        }
+
+    def init_carry(state, num_envs):
+        return {"memory": jnp.zeros((num_envs, 16))}
+
+    def act(state, carry, observation, key, sample=True):
+        seen = jnp.mean(observation.image / 255.0, (1, 2, 3))[:, None] * jnp.ones(16)
+        memory = jnp.where(observation.is_first[:, None], 0.0, carry["memory"]) * 0.5 + seen
+        logits = memory @ state["w"].T
+        if not spec.discrete:
+            noise = jax.random.normal(key, logits.shape) if sample else 0.0
+            return jnp.tanh(logits) + noise, {"memory": memory}
+        choice = jax.random.categorical(key, logits) if sample else jnp.argmax(logits, -1)
+        return jax.nn.one_hot(choice, spec.num_actions), {"memory": memory}
+
+    def sample(replay, key):
+        return store.sample(replay, key, algorithm.batch_size, algorithm.batch_length), replay
+
+    def learn(state, windows, key, scale=1.0):
+        image = jnp.mean(windows.image / 255.0)
+        noise = jax.random.normal(key, state["w"].shape)
+        loss = jnp.mean(state["w"] ** 2) + image + jnp.mean(windows.reward)
+        updates = state["updates"]
+        bad = (algorithm.bad_from > 0) & (updates >= algorithm.bad_from) & (updates < algorithm.bad_until)
+        loss = jnp.where(bad, jnp.nan, loss)
+        busy = jnp.ones((256, 256)) * image
+        with jax.named_scope("work"):
+            busy = jax.lax.fori_loop(0, algorithm.work, lambda _, x: x @ x / 256.0, busy)
+        w = state["w"] * 0.99 + scale * 0.01 * (noise + image) + 0.0 * busy[0, 0]
+        finite = {"image": jnp.isfinite(image), "weights": jnp.isfinite(loss)}
+        state = {
+            "w": jnp.where(bad, state["w"], w),
+            "updates": updates + 1,
+            "health": state["health"].record(finite),
+        }
+        return state, {"losses/image": image, "losses/weights": loss, "drawn": noise[0, 0]}
+
+    def warm_up(state, replay, key):
+        key_sample, key_learn = jax.random.split(key)
+        windows, replay = sample(replay, key_sample)
+        state, metrics = learn(state, windows, key_learn, scale=2.0)
+        return state, replay, metrics
+
+    def report(state, replay, key):
+        return {"frame": store.sample(replay, key, 1, 1).image[0, 0]}
+
+    phases = (("warm_up", algorithm.warm_up), ("second", algorithm.second))
+    return Agent(
+        init=init,
+        init_carry=init_carry,
+        act=act,
+        act_evaluate=partial(act, sample=config.evaluation.sample_actions),
+        sample=sample,
+        learn=learn,
+        report=report,
+        health=lambda state: state["health"],
+        min_replay_steps=algorithm.batch_length,
+        tokens_per_update=algorithm.batch_size * algorithm.batch_length,
+        headline="losses/image",
+        parts=("sample", "work"),
+        pretraining=tuple(Pretraining(name, count, warm_up) for name, count in phases if count),
+    )

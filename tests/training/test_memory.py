@@ -1,0 +1,66 @@
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from twister_jax.errors import UserError
+from twister_jax.training import memory
+from twister_jax.training.memory import check_memory
+
+
+def refused(*words):
+    """Expects a `UserError` of one line that holds all `words`."""
+    pattern = "".join(f"(?=.*{word})" for word in words)
+    return pytest.raises(UserError, match=rf"\A{pattern}[^\n]*\Z")
+
+
+def device(limit, used):
+    stats = None if limit is None else {"bytes_limit": limit, "bytes_in_use": used}
+    return SimpleNamespace(memory_stats=lambda: stats, __str__=lambda self: "cuda:0")
+
+
+def test_memory_that_suffices_is_accepted():
+    check_memory({"replay": 1 << 20}, jax.devices()[0])
+    check_memory({"replay": 1 << 20})
+    check_memory({"replay": 60, "model": 40}, device(200, 100))
+
+
+def test_device_memory_that_does_not_suffice_is_refused_with_the_numbers():
+    with refused("3.00 GB needed", r"replay 1.00, model 2.00", "2.90 GB available", "replay.capacity"):
+        check_memory({"replay": 10**9, "model": 2 * 10**9}, device(3 * 10**9, 10**8))
+
+
+def test_host_memory_that_does_not_suffice_is_refused_with_the_numbers():
+    for where in (None, device(None, 0), jax.devices("cpu")[0]):
+        with refused("this host", "1000000.00 GB needed", "GB available"):
+            check_memory({"replay": 10**15}, where)
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "expected"),
+    [
+        ("", {}, 8_000_000 * 1024),
+        ("0::/a/b\n", {"a/b/memory.max": "max", "a/memory.max": "5000"}, 5000 - 1000 + 300),
+        ("0::/gone\n", {"memory.max": "5000"}, 5000 - 1000 + 300),
+        ("4:cpu,memory:/a\n0::/\n", {"memory/a/memory.limit_in_bytes": "900"}, 200),
+    ],
+)
+def test_a_lower_limit_of_the_control_group_counts(tmp_path, cgroup, files, expected):
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal: 9000000 kB\nMemAvailable: 8000000 kB\n")
+    (proc / "self/cgroup").write_text(cgroup)
+    for name, text in files.items():
+        path = groups / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        usage = "memory.current" if name.endswith("max") else "memory.usage_in_bytes"
+        (path.parent / usage).write_text("1000")
+        (path.parent / "memory.stat").write_text("anon 7\nactive_file 100\ninactive_file 200\n")
+    assert memory.host_available(proc, groups) == expected
+
+
+def test_nothing_is_refused_where_the_memory_is_unknown(tmp_path, monkeypatch):
+    assert memory.host_available(tmp_path, tmp_path) is None
+    monkeypatch.setattr(memory, "host_available", lambda: None)
+    check_memory({"replay": 10**18})

@@ -1,0 +1,107 @@
+"""The registry of agents: a line each. What an agent brings besides its functions is an `AgentPackage`.
+
+Importing this, or an agent's package, does not import JAX: the command line answers at once.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+from twister_jax.config import AlgorithmConfig, Config
+from twister_jax.errors import UserError
+from twister_jax.fields import did_you_mean
+
+if TYPE_CHECKING:
+    from twister_jax.agents.base import Agent
+    from twister_jax.envs.base import EnvSpec
+
+AGENTS: dict[str, str] = {
+    "twister": "twister_jax.agents.twister",
+    "twm": "twister_jax.agents.twm",
+}
+"""Name -> package with a `PACKAGE`."""
+
+DEFAULT_AGENT = "twister"
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """Sizes and schedule to start from."""
+
+    algorithm: AlgorithmConfig
+    """The agent's own settings."""
+    shared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Other values of settings that all runs share, by dotted name."""
+    env: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Settings of environments, by name; heeded by the suites that have them."""
+    suites: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    """Suite -> what the preset has otherwise there, by dotted name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AgentPackage:
+    """What an agent brings.
+
+    Its functions are found by their place: `agent.make_agent(config, spec)`, and for agents with fixtures
+    `parity.compare(sizes, fixture, dtype)`.
+    """
+
+    title: str
+    """As the paper writes it."""
+    module: str
+    """The package's dotted name."""
+    presets: Mapping[str, Preset]
+    """`paper` is as published."""
+    fixture_prefix: str | None = None
+    """A fixture with a weight `param/PREFIX…` is of this agent."""
+    published_flops: float | None = None
+    """Operations of one update of preset `paper`, as the published formulation computes it."""
+
+    def function(self, file: str, name: str) -> Callable[..., Any]:
+        """One of the package's functions; imports JAX."""
+        return getattr(importlib.import_module(f"{self.module}.{file}"), name)
+
+
+def register(name: str, module: str) -> None:
+    """Adds an agent: `module` is a package with a `PACKAGE`."""
+    AGENTS[name] = module
+
+
+def package(name: str) -> AgentPackage:
+    """What the agent of this name brings.
+
+    Raises:
+      UserError: there is none.
+    """
+    if name not in AGENTS:
+        raise UserError(f"unknown agent {name!r}{did_you_mean(name, AGENTS)}; one of {', '.join(AGENTS)}")
+    return importlib.import_module(AGENTS[name]).PACKAGE
+
+
+def package_of_fixture(weights: Collection[str]) -> AgentPackage | None:
+    """The agent that weights of these published names belong to."""
+    for each in map(package, AGENTS):
+        if each.fixture_prefix is not None and any(n.startswith(each.fixture_prefix) for n in weights):
+            return each
+    return None
+
+
+def make_agent(config: Config, spec: "EnvSpec") -> "Agent":
+    """The agent that `config.agent` names, for environments of this kind.
+
+    With precision float32 its functions multiply in float32 on accelerators too, whose default is coarser.
+
+    Raises:
+      UserError: the agent cannot play such environments.
+    """
+    from twister_jax.runtime import in_precision
+
+    agent: Agent = package(config.agent).function("agent", "make_agent")(config, spec)
+    names = ("act", "act_evaluate", "learn", "report")
+    exact: dict[str, Any] = {name: in_precision(getattr(agent, name), config.precision) for name in names}
+    phases = tuple(
+        dataclasses.replace(phase, update=in_precision(phase.update, config.precision))
+        for phase in agent.pretraining
+    )
+    return dataclasses.replace(agent, **exact, pretraining=phases)

@@ -1,0 +1,194 @@
+"""The contract of agents, and what all of them are made of.
+
+Loop, replay, evaluation, checkpoints and benchmarks know an agent only as an `Agent`: a handful of pure
+functions closed over a configuration. All of them may be compiled, vmapped over seeds and called from a
+notebook.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, UInt8
+
+from twister_jax.config import OptimizerConfig
+from twister_jax.nn.networks import Params
+from twister_jax.nn.optimizer import apply_gradients, make_optimizer
+
+State = Any
+"""One pytree with everything that learns: parameters, optimisers, averages, counters."""
+Batch = Any
+"""Everything that one update reads of the replay."""
+Carry = Any
+"""What acting remembers of each environment between two steps."""
+Metrics = dict[str, Float[Array, ""]]
+Losses = dict[str, Float[Array, ""]]
+"""Unscaled loss terms by name."""
+
+
+class Observation(NamedTuple):
+    """What acting sees of each environment."""
+
+    image: UInt8[Array, "env height width channel"]
+    is_first: Bool[Array, " env"]
+
+
+# ------------------------------------------------------------------------------------ what agents share
+
+
+def weighted_sum(losses: Losses, scales: Mapping[str, Any]) -> Float[Array, ""]:
+    """Σ scale · loss over all terms; both dictionaries have the same names."""
+    chex.assert_equal(losses.keys(), scales.keys())
+    return jnp.sum(jnp.stack([scales[name] * loss for name, loss in losses.items()]))
+
+
+@struct.dataclass
+class Trained:
+    """Parameters and optimiser states of an agent's networks, by name."""
+
+    params: dict[str, Params]
+    optimizers: dict[str, Any]
+
+    @classmethod
+    def begin(cls, params: dict[str, Params], optimizers: Mapping[str, OptimizerConfig]) -> "Trained":
+        """Fresh optimisers for the networks that have one."""
+        states = {name: make_optimizer(config).init(params[name]) for name, config in optimizers.items()}
+        return cls(params, states)
+
+    def step(
+        self, name: str, config: OptimizerConfig, gradients: Params, losses: Losses
+    ) -> tuple["Trained", Float[Array, ""], dict[str, Bool[Array, ""]]]:
+        """One optimiser step of a network; nothing where one of its losses or the gradient is not finite.
+
+        Returns:
+          the new parameters and optimisers, the gradient's norm before clipping, and which terms were finite:
+          every loss, and `NAME_gradient`.
+        """
+        finite = {term: jnp.isfinite(loss) for term, loss in losses.items()}
+        sound = jnp.all(jnp.stack(list(finite.values())))
+        params, optimizer, norm = apply_gradients(
+            config, gradients, self.params[name], self.optimizers[name], sound
+        )
+        finite[f"{name}_gradient"] = jnp.isfinite(norm)
+        stepped = Trained(self.params | {name: params}, self.optimizers | {name: optimizer})
+        return stepped, norm, finite
+
+
+@struct.dataclass
+class Health:
+    """Which updates were skipped because a loss or a gradient was not finite."""
+
+    skipped: Int[Array, ""]
+    """Updates skipped so far, whole or in part."""
+    consecutive: Int[Array, ""]
+    """Length of the streak the newest update belongs to; 0 when it was sound."""
+    longest: Int[Array, ""]
+    """Longest streak so far."""
+    first_bad: Bool[Array, " term"]
+    """What was not finite when the newest streak began."""
+    terms: tuple[str, ...] = struct.field(pytree_node=False)
+    """Names of all losses and gradients, in the order in which they are computed."""
+
+    @classmethod
+    def sound(cls, terms: tuple[str, ...]) -> "Health":
+        """No update skipped yet."""
+        zero = jnp.zeros((), jnp.int32)
+        return cls(zero, zero, zero, jnp.zeros(len(terms), bool), terms)
+
+    def record(self, finite: Mapping[str, Bool[Array, ""]]) -> "Health":
+        """Counts one update; `finite` has those of the terms that it computed."""
+        assert finite.keys() <= set(self.terms), f"unknown terms {finite.keys() - set(self.terms)}"
+        bad = jnp.stack([~finite[term] if term in finite else jnp.zeros((), bool) for term in self.terms])
+        any_bad = jnp.any(bad)
+        consecutive = jnp.where(any_bad, self.consecutive + 1, 0)
+        begins = any_bad & (self.consecutive == 0)
+        return Health(
+            skipped=self.skipped + any_bad,
+            consecutive=consecutive,
+            longest=jnp.maximum(self.longest, consecutive),
+            first_bad=jnp.where(begins, bad, self.first_bad),
+            terms=self.terms,
+        )
+
+    @property
+    def first_bad_name(self) -> str:
+        """The first of the bad terms; waits for the device."""
+        bad = jax.device_get(self.first_bad)
+        return next((term for term, was_bad in zip(self.terms, bad, strict=True) if was_bad), "nothing")
+
+
+# ------------------------------------------------------------------------------------------ the contract
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretraining:
+    """A training phase between prefill and the interleaved loop: `updates` calls of `update`."""
+
+    name: str
+    updates: int
+    update: Callable[[State, Any, PRNGKeyArray], tuple[State, Any, Metrics]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Agent:
+    """An agent as the rest of the program sees it.
+
+    Attributes:
+      init: key -> state. Deterministic in the key.
+      init_carry: (state, number of environments) -> carry for acting from a reset.
+      act: (state, carry, observation, key) -> (action [env, num_actions], carry), the policy sampled.
+      act_evaluate: the same by the evaluation protocol of the paper (mode or sample).
+      sample: (replay, key) -> (batch, replay). The replay may count what was drawn.
+      learn: (state, batch, key) -> (state, metrics).
+      report: (state, replay, key) -> {name: uint8 picture [height, width, 3]} for people to look at.
+      health: state -> `Health`.
+      parts: the `jax.named_scope`s that `update` puts its parts into, for profiles.
+      min_replay_steps: stored steps a stream needs before `update` may be called.
+      tokens_per_update: replayed environment steps through the world model in one update (B·L).
+      headline: the metric that the progress line shows.
+      pretraining: phases between prefill and the loop, in order; empty for most agents.
+    """
+
+    init: Callable[[PRNGKeyArray], State]
+    init_carry: Callable[[State, int], Carry]
+    act: Callable[[State, Carry, Observation, PRNGKeyArray], tuple[Float[Array, "env action"], Carry]]
+    act_evaluate: Callable[
+        [State, Carry, Observation, PRNGKeyArray], tuple[Float[Array, "env action"], Carry]
+    ]
+    sample: Callable[[Any, PRNGKeyArray], tuple[Batch, Any]]
+    learn: Callable[[State, Batch, PRNGKeyArray], tuple[State, Metrics]]
+    report: Callable[[State, Any, PRNGKeyArray], dict[str, UInt8[Array, "height width 3"]]]
+    health: Callable[[State], Health]
+    min_replay_steps: int
+    tokens_per_update: int
+    headline: str
+    parts: tuple[str, ...] = ()
+    pretraining: tuple[Pretraining, ...] = ()
+
+    def update(self, state: State, replay: Any, key: PRNGKeyArray) -> tuple[State, Any, Metrics]:
+        """Draws from the replay, and learns. Donate state and replay, so that they are updated in place."""
+        key_sample, key_learn = jax.random.split(key)
+        with jax.named_scope("sample"):
+            batch, replay = self.sample(replay, key_sample)
+        state, metrics = self.learn(state, batch, key_learn)
+        return state, replay, metrics
+
+    def update_in_turn(
+        self, states: State, replays: Any, keys: Key[Array, " seed"]
+    ) -> tuple[State, Any, dict[str, Float[Array, " seed"]]]:
+        """One update of each of several seeds, in one program, one seed after the other.
+
+        It computes what `jax.vmap(agent.update)` computes, in the scratch memory of one update, and is the
+        choice where one update fills the device: there learning side by side is no faster.
+
+        Every leaf of the arguments and results has a leading axis, the seed. Donate the replays but not the
+        states: XLA's CPU backend copies donated states, and the new ones take a place of their own anyway.
+        """
+        keys_sample, keys_learn = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+        batches, replays = jax.vmap(self.sample)(replays, keys_sample)
+        states, metrics = jax.lax.map(lambda one: self.learn(*one), (states, batches, keys_learn))
+        return states, replays, metrics

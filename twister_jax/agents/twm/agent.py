@@ -1,0 +1,385 @@
+"""TWM as one agent: init, act, sample, learn. `learn` reads like the paper's algorithm 1."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt8
+
+from twister_jax.agents.base import Agent, Health, Losses, Metrics, Observation, Pretraining, Trained
+from twister_jax.agents.twm import pretraining
+from twister_jax.agents.twm import windows as replay_windows
+from twister_jax.agents.twm.behavior import (
+    CriticOutput,
+    StartStates,
+    Trajectory,
+    actor_loss,
+    behavior_network,
+    critic_loss,
+    imagine,
+)
+from twister_jax.agents.twm.config import TwmConfig
+from twister_jax.agents.twm.dynamics import Dynamics
+from twister_jax.agents.twm.mlp import Mlp
+from twister_jax.agents.twm.observation import ObservationModel, flat, to_float
+from twister_jax.agents.twm.pictures import open_loop_picture
+from twister_jax.agents.twm.windows import Windows
+from twister_jax.agents.twm.world_model import WorldModelOutput, loss_scales, start_states, world_model_loss
+from twister_jax.config import Config
+from twister_jax.envs.base import EnvSpec
+from twister_jax.errors import UserError
+from twister_jax.nn.distributions import KeySampler, OneHot, Sampler
+from twister_jax.nn.networks import Networks, Params
+from twister_jax.replay.store import Replay
+from twister_jax.runtime import compute_dtype
+
+
+@struct.dataclass
+class TwmState:
+    """Everything that learns: `observation` and `dynamics` model, `critic` and `actor`."""
+
+    trained: Trained
+    health: Health
+
+
+@struct.dataclass
+class TwmCarry:
+    """What acting remembers of each environment: the newest frames, oldest first."""
+
+    frames: UInt8[Array, "env height width stack"]
+
+
+class TwmBatch(NamedTuple):
+    """What an update reads of the replay."""
+
+    windows: Windows
+    """A step of context, the steps to train on, one after."""
+    fresh: UInt8[Array, "frame height width stack"]
+    """Observations from all over the replay, to go on from where an imagined rollout ends."""
+    visits: Float[Array, ""]
+    """How often a step that the replay holds was drawn, on average."""
+
+
+class Behavior(NamedTuple):
+    """Gradients and losses of critic and actor, and what they learned from."""
+
+    gradients: dict[str, Params]
+    losses: dict[str, Losses]
+    critic: CriticOutput
+    entropy: Float[Array, ""]
+
+
+class Twm:
+    """TWM's functions for one kind of environment; pure, and together its `Agent`.
+
+    Args:
+      config: sizes, losses, optimisers.
+      spec: what the environments give and take: single grey frames, and discrete actions.
+      dtype: of matrix products.
+    """
+
+    def __init__(self, config: TwmConfig, spec: EnvSpec, dtype: DTypeLike):
+        self.config, self.spec, self.stack = config, spec, config.model.frame_stack
+        self.optimizers = {
+            "observation": config.observation_optimizer,
+            "dynamics": config.dynamics_optimizer,
+            "critic": config.critic_optimizer,
+            "actor": config.actor_optimizer,
+        }
+        model, actions = config.model, spec.num_actions
+        self.networks = Networks(
+            {
+                "observation": partial(ObservationModel, model, dtype=dtype),
+                "dynamics": partial(Dynamics, model, actions, config.discount, dtype=dtype),
+                "critic": partial(behavior_network, model.latent_size, model.critic, 1, dtype=dtype),
+                "actor": partial(behavior_network, model.latent_size, model.actor, actions, dtype=dtype),
+            }
+        )
+        losses = {**loss_scales(config), "critic": ("critic",), "actor": ("actor",)}
+        self.terms = tuple(term for name in losses for term in (*losses[name], f"{name}_gradient"))
+
+    def init(self, key: PRNGKeyArray) -> TwmState:
+        """Fresh parameters."""
+        trained = Trained.begin(self.networks.init(key), self.optimizers)
+        return TwmState(trained, Health.sound(self.terms))
+
+    # -------------------------------------------------------------------------------------------- acting
+
+    def init_carry(self, state: TwmState, num_envs: int) -> TwmCarry:
+        """Black frames, which the first reset replaces."""
+        shape = (num_envs, *self.spec.image_shape[:2], self.stack)
+        return TwmCarry(jnp.zeros(shape, jnp.uint8))
+
+    def act(
+        self,
+        state: TwmState,
+        carry: TwmCarry,
+        observation: Observation,
+        key: PRNGKeyArray,
+        *,
+        sample_actions: bool = True,
+    ) -> tuple[Float[Array, "env action"], TwmCarry]:
+        """The policy in the most likely latent of the newest frames; no transformer is involved."""
+        params = state.trained.params
+        shifted = jnp.concatenate([carry.frames[..., 1:], observation.image], axis=-1)
+        reset = jnp.broadcast_to(observation.image, shifted.shape)
+        frames = jnp.where(observation.is_first[:, None, None, None], reset, shifted)
+        latent = self.observation(params["observation"]).encoder(to_float(frames)).mode()
+        policy = OneHot.of(self.actor(params["actor"])(flat(latent)))
+        return policy.draw(key) if sample_actions else policy.mode(), TwmCarry(frames)
+
+    # ------------------------------------------------------------------------------------------ learning
+
+    def sample(self, replay: Replay, key: PRNGKeyArray) -> tuple[TwmBatch, Replay]:
+        """Windows, those seen least most often, and single observations."""
+        config, temperature = self.config, self.config.sampling_temperature
+        key_windows, key_fresh = jax.random.split(key)
+        windows, replay = replay_windows.sample_balanced(
+            replay, key_windows, config.batch_size, config.batch_length + 2, self.stack, temperature
+        )
+        fresh = replay_windows.sample_frames(replay, key_fresh, config.restart_frames, self.stack)
+        visits = jnp.sum(replay.visits) / (replay.size * replay.visits.shape[0])
+        return TwmBatch(windows, fresh, visits), replay
+
+    def learn(self, state: TwmState, batch: TwmBatch, key: PRNGKeyArray) -> tuple[TwmState, Metrics]:
+        """One update of everything."""
+        config, windows = self.config, batch.windows
+        key_latents, key_dropout, key_start, key_restarts, key_dream = jax.random.split(key, 5)
+
+        # 1. Train the observation model and the dynamics model.
+        with jax.named_scope("world_model"):
+            gradients, out = self.world_model_gradients(
+                state.trained.params, windows, KeySampler(key_latents), key_dropout
+            )
+        trained, metrics, finite = self.step(state.trained, gradients, out.losses)
+
+        # 2. Imagine from some of the batch's steps, with the new models; rollouts that end go on from
+        #    random frames.
+        with jax.named_scope("imagination"):
+            candidates = start_states(out.latent, windows)
+            chosen = jax.random.permutation(key_start, candidates.reward.shape[0])[: config.imagination_batch]
+            start = jax.tree.map(lambda x: x[chosen], candidates)
+            encoder = self.observation(trained.params["observation"]).encoder
+            restarts = flat(encoder(to_float(batch.fresh)).draw(key_restarts))
+            noise = jax.random.split(key_dream, config.imagination_horizon)
+            trajectory, _ = self.imagine(trained.params, start, restarts, noise, KeySampler)
+
+        # 3. Train critic and actor.
+        with jax.named_scope("actor_and_critic"):
+            behavior = self.behavior_gradients(trained.params, trajectory)
+        trained, more_metrics, more_finite = self.step(trained, behavior.gradients, behavior.losses)
+
+        metrics |= more_metrics | out.logged
+        metrics |= {
+            "entropy/policy": behavior.entropy,
+            "imagination/return": jnp.mean(behavior.critic.returns),
+            "imagination/value": jnp.mean(behavior.critic.value),
+            "imagination/advantage": jnp.mean(jnp.abs(behavior.critic.advantages)),
+            "imagination/reward": jnp.mean(trajectory.reward),
+            "imagination/discount": jnp.mean(trajectory.discount),
+            "imagination/restarts": jnp.sum(trajectory.done).astype(jnp.float32),
+            "replay/reward": jnp.mean(windows.reward),
+            "replay/visits": batch.visits,
+        }
+        return TwmState(trained, state.health.record(finite | more_finite)), metrics
+
+    def world_model_gradients(
+        self, params: dict[str, Params], windows: Windows, sampler: Sampler, dropout_key: PRNGKeyArray | None
+    ) -> tuple[dict[str, Params], WorldModelOutput]:
+        """Gradients of observation (eq. 4) and dynamics model (eq. 5), and all that their pass computed."""
+
+        def loss(params: dict[str, Params]):
+            observation, dynamics = self.observation(params["observation"]), self.dynamics(params["dynamics"])
+            return world_model_loss(observation, dynamics, windows, self.config, sampler, dropout_key)
+
+        return jax.grad(loss, has_aux=True)({name: params[name] for name in ("observation", "dynamics")})
+
+    def imagine(
+        self,
+        params: dict[str, Params],
+        start: StartStates,
+        restarts: Float[Array, "pool latent"],
+        noise: Any,
+        sampler: Any,
+    ) -> tuple[Trajectory, Float[Array, "rollout H_plus_1 hidden"]]:
+        """Rollouts under the policy, and their hidden states; see `behavior.imagine`."""
+        dynamics, actor = self.dynamics(params["dynamics"]), self.actor(params["actor"])
+        return imagine(dynamics, actor, start, restarts, noise, sampler, self.config)
+
+    def behavior_gradients(self, params: dict[str, Params], trajectory: Trajectory) -> Behavior:
+        """Gradients of critic (eq. 7) and actor (eq. 6), whose advantages are those of the critic's pass."""
+        critic_gradient, critic, out = self.critic_gradient(params["critic"], trajectory)
+
+        def loss(params: Params):
+            return actor_loss(self.actor(params), trajectory, out.advantages, self.config)
+
+        (actor, entropy), actor_gradient = jax.value_and_grad(loss, has_aux=True)(params["actor"])
+        gradients = {"critic": critic_gradient, "actor": actor_gradient}
+        return Behavior(gradients, {"critic": {"critic": critic}, "actor": {"actor": actor}}, out, entropy)
+
+    def critic_gradient(
+        self, params: Params, trajectory: Trajectory
+    ) -> tuple[Params, Float[Array, ""], CriticOutput]:
+        """Gradient of the critic, its loss, and what its pass computed."""
+
+        def loss(params: Params):
+            return critic_loss(self.critic(params), trajectory, self.config.gae_lambda)
+
+        (critic, out), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        return gradient, critic, out
+
+    def step(
+        self, trained: Trained, gradients: dict[str, Params], losses: dict[str, Losses]
+    ) -> tuple[Trained, Metrics, dict[str, Bool[Array, ""]]]:
+        """Steps each network that has a gradient, if that and its losses are finite.
+
+        Returns:
+          the new parameters and optimisers, metrics, and which losses and gradients were finite.
+        """
+        metrics: Metrics = {}
+        finite: dict[str, Bool[Array, ""]] = {}
+        with jax.named_scope("optimizers"):
+            for name, gradient in gradients.items():
+                optimizer = self.optimizers[name]
+                trained, norm, found = trained.step(name, optimizer, gradient, losses[name])
+                metrics |= {f"losses/{term}": loss for term, loss in losses[name].items()}
+                metrics[f"gradient_norm/{name}"] = norm
+                finite |= found
+        return trained, metrics, finite
+
+    # -------------------------------------------------------------------------------------- pre-training
+
+    def pretrain_observation(
+        self, state: TwmState, replay: Replay, key: PRNGKeyArray
+    ) -> tuple[TwmState, Replay, Metrics]:
+        """One step of the observation model on single observations."""
+        key_frames, key_latents = jax.random.split(key)
+        count = self.config.batch_size * self.config.batch_length
+        frames = to_float(replay_windows.sample_frames(replay, key_frames, count, self.stack))
+
+        def loss(params: Params):
+            return pretraining.observation_loss(self.observation(params), frames, self.config, key_latents)
+
+        gradient, (losses, logged) = jax.grad(loss, has_aux=True)(state.trained.params["observation"])
+        gradients, terms = {"observation": gradient}, {"observation": losses}
+        trained, metrics, finite = self.step(state.trained, gradients, terms)
+        return TwmState(trained, state.health.record(finite)), replay, metrics | logged
+
+    def pretrain_dynamics(
+        self, state: TwmState, replay: Replay, key: PRNGKeyArray
+    ) -> tuple[TwmState, Replay, Metrics]:
+        """One step of the dynamics model on windows drawn uniformly."""
+        config, params = self.config, state.trained.params
+        key_windows, key_loss = jax.random.split(key)
+        windows = replay_windows.sample_uniform(
+            replay, key_windows, config.batch_size, config.batch_length + 2, self.stack
+        )
+        posterior = self.observation(params["observation"]).encoder(to_float(windows.frames))
+
+        def loss(params: Params):
+            return pretraining.dynamics_loss(self.dynamics(params), posterior, windows, config, key_loss)
+
+        gradient, losses = jax.grad(loss, has_aux=True)(params["dynamics"])
+        trained, metrics, finite = self.step(state.trained, {"dynamics": gradient}, {"dynamics": losses})
+        return TwmState(trained, state.health.record(finite)), replay, metrics
+
+    def pretrain_behavior(
+        self, state: TwmState, replay: Replay, key: PRNGKeyArray
+    ) -> tuple[TwmState, Replay, Metrics]:
+        """One step of the critic on windows drawn uniformly, and of the actor on its entropy."""
+        config, params = self.config, state.trained.params
+        key_windows, key_latents = jax.random.split(key)
+        windows = replay_windows.sample_uniform(
+            replay, key_windows, config.imagination_batch, config.imagination_horizon + 1, self.stack
+        )
+        posterior = self.observation(params["observation"]).encoder(to_float(windows.frames))
+        latent = flat(posterior.draw(key_latents))
+        trajectory = pretraining.replayed_trajectory(latent, windows, config)
+        critic_gradient, critic, _ = self.critic_gradient(params["critic"], trajectory)
+
+        def loss(params: Params):
+            return pretraining.actor_loss(self.actor(params), latent, config)
+
+        actor, actor_gradient = jax.value_and_grad(loss)(params["actor"])
+        gradients = {"critic": critic_gradient, "actor": actor_gradient}
+        losses = {"critic": {"critic": critic}, "actor": {"actor": actor}}
+        trained, metrics, finite = self.step(state.trained, gradients, losses)
+        return TwmState(trained, state.health.record(finite)), replay, metrics
+
+    # ---------------------------------------------------------------------------------------- for people
+
+    def report(
+        self, state: TwmState, replay: Replay, key: PRNGKeyArray
+    ) -> dict[str, UInt8[Array, "height width 3"]]:
+        """Truth, reconstruction and imagination of four windows."""
+        config, params = self.config, state.trained.params
+        key_window, key_draw = jax.random.split(key)
+        windows = replay_windows.sample_uniform(replay, key_window, 4, config.batch_length + 2, self.stack)
+        observation, dynamics = self.observation(params["observation"]), self.dynamics(params["dynamics"])
+        return {"open_loop": open_loop_picture(observation, dynamics, windows, key_draw)}
+
+    # ------------------------------------------------------------------------------------------ networks
+
+    def observation(self, params: Params) -> ObservationModel:
+        """The observation model with these parameters."""
+        return self.networks.merge("observation", params)
+
+    def dynamics(self, params: Params) -> Dynamics:
+        """The dynamics model with these parameters."""
+        return self.networks.merge("dynamics", params)
+
+    def critic(self, params: Params) -> Mlp:
+        """The critic with these parameters."""
+        return self.networks.merge("critic", params)
+
+    def actor(self, params: Params) -> Mlp:
+        """The actor with these parameters."""
+        return self.networks.merge("actor", params)
+
+
+def make_agent(config: Config, spec: EnvSpec) -> Agent:
+    """TWM for one kind of environment.
+
+    Raises:
+      UserError: its actions are continuous, or its pictures are not one grey channel.
+    """
+    algorithm = config.algorithm
+    assert isinstance(algorithm, TwmConfig)
+    if not spec.discrete:
+        raise UserError(f"TWM has discrete actions only: those of {config.game} are continuous")
+    channels = spec.image_shape[-1]
+    if channels != 1:
+        raise UserError(
+            f"TWM stacks grey frames: those of {config.game} have {channels} channels; where there is a "
+            f"setting env.grayscale, it must be True"
+        )
+    twm = Twm(algorithm, spec, compute_dtype(config.precision))
+    samples = algorithm.batch_size * algorithm.batch_length
+    behavior_samples = algorithm.imagination_batch * algorithm.imagination_horizon
+    phases = (
+        ("observation", algorithm.pretrain_observation_samples, samples, twm.pretrain_observation),
+        ("dynamics", algorithm.pretrain_dynamics_samples, samples, twm.pretrain_dynamics),
+        ("behavior", algorithm.pretrain_behavior_samples, behavior_samples, twm.pretrain_behavior),
+    )
+    return Agent(
+        init=twm.init,
+        init_carry=twm.init_carry,
+        act=twm.act,
+        act_evaluate=partial(twm.act, sample_actions=config.evaluation.sample_actions),
+        sample=twm.sample,
+        learn=twm.learn,
+        report=twm.report,
+        health=lambda state: state.health,
+        parts=("sample", "world_model", "imagination", "actor_and_critic", "optimizers"),
+        min_replay_steps=algorithm.min_replay_steps,
+        tokens_per_update=samples,
+        headline="losses/decoder",
+        pretraining=tuple(
+            Pretraining(name, -(-budget // per_update), function)
+            for name, budget, per_update, function in phases
+            if budget
+        ),
+    )

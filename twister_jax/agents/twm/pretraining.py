@@ -1,0 +1,70 @@
+"""What TWM's networks minimise before the loop, on steps that random actions led to."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from twister_jax.agents.base import Losses, Metrics, weighted_sum
+from twister_jax.agents.twm.behavior import Trajectory, normalized_policy_entropy
+from twister_jax.agents.twm.config import TwmConfig
+from twister_jax.agents.twm.dynamics import Dynamics
+from twister_jax.agents.twm.mlp import Mlp
+from twister_jax.agents.twm.observation import ObservationModel, flat, observation_losses
+from twister_jax.agents.twm.windows import Windows
+from twister_jax.agents.twm.world_model import dynamics_pass, loss_scales
+from twister_jax.nn.distributions import OneHot
+
+
+def observation_loss(
+    model: ObservationModel,
+    frames: Float[Array, "frame height width stack"],
+    config: TwmConfig,
+    key: PRNGKeyArray,
+) -> tuple[Float[Array, ""], tuple[Losses, Metrics]]:
+    """The observation loss without the consistency that a dynamics model would ask for (eq. 4).
+
+    Returns:
+      the scaled sum, its terms, and what is logged with them.
+    """
+    posterior = model.encoder(frames)
+    losses, logged = observation_losses(model.decoder, posterior, posterior.draw(key), frames, config)
+    scales = loss_scales(config)["observation"]
+    return weighted_sum(losses, {term: scales[term] for term in losses}), (losses, logged)
+
+
+def dynamics_loss(
+    model: Dynamics,
+    posterior: OneHot,
+    windows: Windows,
+    config: TwmConfig,
+    key: PRNGKeyArray,
+) -> tuple[Float[Array, ""], Losses]:
+    """The dynamics loss (eq. 5), given the posterior of all observations of the windows.
+
+    Returns:
+      the scaled sum, and its terms.
+    """
+    key_draw, key_dropout = jax.random.split(key)
+    latent = flat(posterior.draw(key_draw))[:, :-1]
+    following = jax.tree.map(lambda x: x[:, 2:], posterior)
+    losses, *_ = dynamics_pass(model, latent, following, windows, config, key_dropout)
+    return weighted_sum(losses, loss_scales(config)["dynamics"]), losses
+
+
+def replayed_trajectory(
+    latent: Float[Array, "window step_plus_1 latent"], windows: Windows, config: TwmConfig
+) -> Trajectory:
+    """Replayed steps for the critic, as if they had been imagined."""
+    return Trajectory(
+        latent=latent,
+        action=windows.action,
+        reward=windows.reward,
+        discount=jnp.full_like(windows.reward, config.discount),
+        done=windows.last,
+        weight=jnp.ones_like(windows.reward),
+    )
+
+
+def actor_loss(actor: Mlp, latent: Float[Array, "window step latent"], config: TwmConfig) -> Float[Array, ""]:
+    """The actor starts from the policy of most entropy, as the data come from random actions."""
+    return -config.actor_entropy_scale * normalized_policy_entropy(actor, latent)

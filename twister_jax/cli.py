@@ -1,0 +1,187 @@
+"""The command line: `python -m twister_jax train|evaluate|parity|doctor`, or `twister-jax …`.
+
+Bad input is answered by one line on the standard error stream and exit code 2. JAX is imported only once
+the input is known to be good.
+"""
+
+import contextlib
+import dataclasses
+import io
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from twister_jax import agents, envs, fields, presets
+from twister_jax.config import Config
+from twister_jax.errors import UserError
+from twister_jax.fields import NonNegativeInt, did_you_mean
+from twister_jax.runtime import start_jax
+from twister_jax.training.progress import say
+
+PROGRAM = "python -m twister_jax"
+HELP = f"""usage: {PROGRAM} COMMAND [OPTIONS]
+
+  train      train an agent, or go on with a run that was interrupted
+  evaluate   play full games with a run's newest checkpoint and write evaluation.json
+  parity     recompute a fixture with this program's functions and compare
+  doctor     check that this machine can run it all
+
+`{PROGRAM} COMMAND --help` lists every option with its default and meaning.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateOptions:
+    """Plays full games with a checkpoint of a run, under the settings it was trained with."""
+
+    logdir: str = ""
+    """Run directory (required)."""
+    episodes: NonNegativeInt = 0
+    """Full games played; 0 means as many as the run's configuration says."""
+    step: NonNegativeInt = 0
+    """Step of the checkpoint; 0 means the newest."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ParityOptions:
+    """Recomputes a fixture's quantities and prints a line for each; exit code 1 if any is off."""
+
+    file: str = ""
+    """The fixture, an .npz file (required; `parity FILE.npz` does too)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DoctorOptions:
+    """Checks versions, the device, one emulator step, one compiled call, and that files can be written."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.raiseExceptions = False  # what cannot be printed is no reason to stop
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows ASCII alone
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        if not arguments or arguments[0] in ("-h", "--help", "help"):
+            print(HELP, end="")
+            return 0 if arguments else 2
+        name, *rest = arguments
+        if name not in COMMANDS:
+            raise UserError(
+                f"unknown command {name!r}{did_you_mean(name, COMMANDS)}; one of {', '.join(COMMANDS)}"
+            )
+        return COMMANDS[name](rest)
+    except UserError as error:
+        with contextlib.suppress(OSError, ValueError):
+            print(f"twister_jax: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # as in `… | head`
+        return 141
+
+
+def train(arguments: list[str]) -> int:
+    """`train`: from flags to a run."""
+    config = read_flags(arguments)
+    start_jax()
+    from twister_jax.training.train import train as run
+
+    config = presets.complete(config)
+    say(f"{config.agent} on {config.game}, preset {config.preset}, seed {config.seed} → {config.logdir}")
+    say(presets.differences_from_paper(config))
+    return run(config)
+
+
+def evaluate(arguments: list[str]) -> int:
+    """`evaluate`: a stored run's newest checkpoint."""
+    options = _parse(EvaluateOptions(), arguments, "evaluate", required="logdir")
+    presets.read_config(Path(options.logdir))  # refuses before JAX is imported
+    start_jax()
+    from twister_jax.training.evaluation import evaluate_directory
+
+    overrides = {"evaluation.episodes": options.episodes} if options.episodes else {}
+    return evaluate_directory(options.logdir, options.step or None, overrides)
+
+
+def parity(arguments: list[str]) -> int:
+    """`parity`: agreement with a fixture."""
+    options = _parse(ParityOptions(), arguments, "parity", required="file")
+    start_jax()
+    from twister_jax.parity import main as run
+
+    return run(Path(options.file))
+
+
+def doctor(arguments: list[str]) -> int:
+    """`doctor`: what is wrong with this machine, if anything."""
+    _parse(DoctorOptions(), arguments, "doctor")
+    from twister_jax.doctor import main as run
+
+    return run()
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "parity": parity,
+    "doctor": doctor,
+}
+
+
+def _parse(
+    options: fields.Settings, arguments: list[str], command: str, required: str = ""
+) -> fields.Settings:
+    parsed = fields.parse_flags(options, arguments, f"{PROGRAM} {command}", required)
+    for problem in fields.out_of_range(parsed):
+        raise UserError(problem)
+    return parsed
+
+
+def read_flags(arguments: list[str]) -> Config:
+    """The configuration that `train`'s flags describe; agent, preset and game choose the defaults.
+
+    Raises:
+      UserError: what is wrong with which flag, and what would be right.
+    """
+    chosen = {"agent": agents.DEFAULT_AGENT, "preset": presets.AUTO, "game": envs.DEFAULT_GAME}
+    for index, argument in enumerate(arguments):
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and name in chosen:
+            chosen[name] = value if equals else "".join(arguments[index + 1 : index + 2])
+    automatic = chosen["preset"] == presets.AUTO
+    base = presets.make_config(chosen["agent"], "paper" if automatic else chosen["preset"], chosen["game"])
+    program = f"{PROGRAM} train"
+    config = fields.parse_flags(base, arguments, program)  # --help, and refusals before JAX is imported
+    if automatic:
+        chosen["preset"] = automatic_preset()
+        base = presets.make_config(**chosen)
+        config = fields.parse_flags(base, arguments, program)
+    config = dataclasses.replace(config, preset=chosen["preset"], game=base.game)
+    presets.validate(config)
+    return config
+
+
+def automatic_preset() -> str:
+    """`paper` on an accelerator; without one `cpu`, which is said."""
+    start_jax()
+    import jax
+
+    if jax.default_backend() != "cpu":
+        return "paper"
+    say("no accelerator: preset cpu (smaller model); PRESET=paper runs the published size")
+    return "cpu"
+
+
+def run() -> None:
+    """The program. Ends the process at once: a compilation that still runs would hold up the end."""
+    code = main()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(code)

@@ -1,0 +1,243 @@
+"""Files that survive a power cut, are checked before they are believed, and may come from a stranger.
+
+Run directories are passed from hand to hand, so a path in one says nothing about what lies behind it: no file
+is opened through a symbolic link, and nothing but regular files is opened. The directory of a run itself, and
+what lies above it, are the user's own choice and may be links.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import os
+import secrets
+import stat
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from twister_jax.errors import UserError
+
+_WRITABLE = os.O_WRONLY | os.O_RDWR
+
+
+class UnsafePathError(OSError, UserError):
+    """A path in a run directory that could lead out of it. The message is complete and on one line."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        super().__init__(errno.ELOOP, f"{path} is {what}: refused")
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+class UnusableError(Exception):
+    """Why something stored cannot be used, as a person should read it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checksum:
+    """What a file must be to be believed."""
+
+    size: int
+    crc32: int
+
+    def check(self, path: Path) -> None:
+        """Reads the whole file.
+
+        Raises:
+          UnusableError: it is missing or differs.
+          OSError: it cannot be read; `UnsafePathError` where it is no regular file.
+        """
+        try:
+            with open_regular(path) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != self.size:
+                    raise UnusableError(f"{path.name} has {size} bytes in place of {self.size}")
+                if _crc32_of(file) != self.crc32:
+                    raise UnusableError(f"{path.name} is damaged")
+        except FileNotFoundError:
+            raise UnusableError(f"{path.name} is missing") from None
+
+
+def checksum_of(path: Path) -> Checksum:
+    """The checksum of a regular file as it is now."""
+    with open_regular(path) as file:
+        return Checksum(os.fstat(file.fileno()).st_size, _crc32_of(file))
+
+
+def _crc32_of(file: BinaryIO) -> int:
+    crc32 = 0
+    while part := file.read(1 << 20):
+        crc32 = zlib.crc32(part, crc32)
+    return crc32
+
+
+# Opening
+
+
+def open_regular(path: Path, mode: str = "rb", flags: int = os.O_RDONLY) -> Any:
+    """Opens a regular file, never through a symbolic link, and never waits for the other end of a pipe.
+
+    Args:
+      path: only its last component is looked at; for the directories before it see `check_directory`.
+      mode: of the file object.
+      flags: as for `os.open`. Truncating is left to the caller: here it would come before the check.
+
+    Raises:
+      UnsafePathError: it is something else, or is to be written and has a second name (a hard link).
+      OSError: it cannot be opened.
+    """
+    # A pipe that nobody reads would otherwise block here for good.
+    flags |= os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        descriptor = os.open(path, flags, 0o644)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UnsafePathError(path, "a symbolic link") from None
+        if error.errno == errno.ENXIO:
+            raise UnsafePathError(path, "not a regular file") from None
+        raise
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise UnsafePathError(path, "not a regular file")
+        if flags & _WRITABLE and found.st_nlink > 1:
+            raise UnsafePathError(path, "a hard link to another file")
+        return os.fdopen(descriptor, mode)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read(path: Path, limit: int) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+      OSError: it cannot be read, or has more than `limit` bytes; `UnsafePathError` as `open_regular` does.
+    """
+    with open_regular(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"more than {limit} bytes", str(path))
+    return data
+
+
+def check_directory(path: Path) -> None:
+    """Raises `UnsafePathError` where `path` is a symbolic link, `OSError` where it is no directory at all."""
+    mode = os.lstat(path).st_mode
+    if stat.S_ISLNK(mode):
+        raise UnsafePathError(path, "a symbolic link")
+    if not stat.S_ISDIR(mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+
+
+def regular_files(directory: Path) -> Iterator[Path]:
+    """All files below a directory; raises `UnsafePathError` at the first that is no regular file."""
+    check_directory(directory)
+    for path in sorted(directory.iterdir()):
+        mode = os.lstat(path).st_mode
+        if stat.S_ISREG(mode):
+            yield path
+        elif stat.S_ISLNK(mode) or stat.S_ISDIR(mode):
+            yield from regular_files(path)
+        else:
+            raise UnsafePathError(path, "not a regular file")
+
+
+# Writing
+
+
+def write_durably(path: Path, *parts: Any) -> Checksum:
+    """Writes a new file so that it survives a power cut (its directory is left to `fsync`).
+
+    Raises:
+      OSError: there is something of that name, or it could not be written; what was written is removed.
+    """
+    size = crc32 = 0
+    with open(path, "xb") as file:
+        try:
+            for part in parts:
+                file.write(part)
+                size += len(part)
+                crc32 = zlib.crc32(part, crc32)
+            file.flush()
+            os.fsync(file.fileno())
+        except Exception:
+            with contextlib.suppress(OSError):  # the space may be what was lacking
+                os.unlink(path)
+            raise
+    return Checksum(size, crc32)
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Replaces a file, or makes one, so that at any instant there is the old one or the new one.
+
+    A symbolic link of that name is itself replaced; what it points to is not touched.
+
+    Raises:
+      OSError: it could not be written, and the old one is as it was; `UnsafePathError` where `path` is there
+        and is no file (a device, a pipe, a directory).
+    """
+    with contextlib.suppress(FileNotFoundError):
+        mode = os.lstat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+            raise UnsafePathError(path, "not a regular file")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    write_durably(temporary, data.encode() if isinstance(data, str) else data)
+    try:
+        os.replace(temporary, path)
+    except Exception:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    fsync(path.parent)
+
+
+def fsync(*paths: Path) -> None:
+    """Makes files and directory entries survive a power cut."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# Arrays
+
+
+def write_array(path: Path, array: np.ndarray) -> Checksum:
+    """`write_durably` for a contiguous array, in NumPy's own format."""
+    header: list[bytes] = []
+
+    class Collect:
+        write = header.append
+
+    np.lib.format.write_array_header_1_0(Collect(), np.lib.format.header_data_from_array_1_0(array))  # type: ignore[arg-type]
+    return write_durably(path, *header, array.reshape(-1).view(np.uint8))
+
+
+def read_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """What `write_array` wrote, mapped into memory and not yet read.
+
+    Raises:
+      UnusableError: the file does not hold such an array.
+      OSError: it cannot be read; `UnsafePathError` where it is no regular file.
+    """
+    with open_regular(path) as file:
+        try:
+            np.lib.format.read_magic(file)
+            found = np.lib.format.read_array_header_1_0(file)
+            if found != (shape, False, np.dtype(dtype)):
+                raise UnusableError(f"{path.name} does not hold what it should")
+            return np.memmap(file, dtype, "r", file.tell(), shape)
+        except (ValueError, MemoryError, RecursionError) as error:
+            raise UnusableError(f"{path.name} cannot be read: {one_line(error)}") from None
+
+
+def one_line(error: Exception) -> str:
+    """An exception's message on one line of bearable length."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,159 @@
+"""Operations whose best formulation depends on the device: the one place where it is chosen.
+
+Accelerators get library calls and plain compositions that JAX differentiates. XLA's CPU backend is slow at
+some of these, so a CPU gets the formulations written out in `cpu_convolutions` and `cpu_epilogues`.
+`runtime.target()` says which device is being traced for.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from twister_jax import runtime
+from twister_jax.nn import cpu_convolutions, cpu_epilogues
+from twister_jax.nn.attention import float32_einsum
+from twister_jax.nn.cpu_epilogues import CpuEpilogue, Params
+
+_DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+
+
+class Epilogue(NamedTuple):
+    """What follows a layer: a function of the last axis. Call it on an array, or give it to a convolution.
+
+    Attributes:
+      plain: (x, params) -> y in the type of x.
+      cpu: the same with its gradient written out.
+      params: parameters that all positions share.
+    """
+
+    plain: Callable[[Array, Params], Array]
+    cpu: CpuEpilogue
+    params: Params
+
+    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+        if runtime.target() == "cpu":
+            return cpu_epilogues.apply(x, self.params, self.cpu)
+        return self.plain(x, self.params)
+
+
+_IDENTITY = Epilogue(lambda x, params: x, cpu_epilogues.IDENTITY, ())
+
+
+def norm_silu(norm: nnx.LayerNorm) -> Epilogue:
+    """silu(norm(x)), computed in float32 and rounded to the type of x once, at the end."""
+    assert norm.scale is not None
+    assert norm.bias is not None
+    plain = partial(_norm_silu, epsilon=norm.epsilon)
+    return Epilogue(plain, cpu_epilogues.norm_silu(plain, norm.epsilon), (norm.scale[...], norm.bias[...]))
+
+
+def _norm_silu(x: Array, params: Params, epsilon: float) -> Array:
+    scale, bias = params
+    chex.assert_shape([scale, bias], x.shape[-1:])
+    wide = x.astype(jnp.float32)
+    centred = wide - jnp.mean(wide, -1, keepdims=True)
+    root = jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + epsilon)
+    return jax.nn.silu(centred * (root * scale) + bias).astype(x.dtype)
+
+
+def bias_silu(bias: Float[Array, " features"]) -> Epilogue:
+    """silu(x + bias), computed in float32 and rounded to the type of x."""
+    return Epilogue(_bias_silu, cpu_epilogues.bias_silu(_bias_silu), (bias,))
+
+
+def _bias_silu(x: Array, params: Params) -> Array:
+    (bias,) = params
+    chex.assert_shape(bias, x.shape[-1:])
+    return jax.nn.silu(x.astype(jnp.float32) + bias).astype(x.dtype)
+
+
+def conv2d(
+    x: Float[Array, "batch height width in"],
+    kernel: Float[Array, "kh kw in out"],
+    *,
+    stride: int,
+    padding: int,
+    epilogue: Epilogue | None = None,
+) -> Float[Array, "batch h w out"]:
+    """Cross-correlation with `padding` zeros on every side: h = (height + 2 padding - kh) // stride + 1.
+
+    Sums are taken in float32 and returned in the type of `x`, then `epilogue` is applied to every pixel.
+
+    Raises:
+        ValueError: for shapes, strides or paddings that do not make a convolution.
+    """
+    _check(x, kernel, stride, padding)
+    if any(n + 2 * padding < k for n, k in zip(x.shape[1:3], kernel.shape[:2], strict=True)):
+        raise ValueError(
+            f"kernel {kernel.shape[:2]} is larger than the padded image {x.shape[1:3]} + 2*{padding}"
+        )
+    epilogue = epilogue or _IDENTITY
+    if runtime.target() == "cpu":
+        return cpu_convolutions.conv2d(x, kernel, epilogue.params, stride, padding, epilogue.cpu)
+    y = jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), [(padding, padding)] * 2, dimension_numbers=_DIMENSIONS
+    )
+    return epilogue(y)
+
+
+def conv2d_transpose(
+    x: Float[Array, "batch height width in"],
+    kernel: Float[Array, "kh kw in out"],
+    *,
+    stride: int,
+    padding: int,
+    epilogue: Epilogue | None = None,
+) -> Float[Array, "batch h w out"]:
+    """PyTorch's `ConvTranspose2d`: h = (height - 1) stride - 2 padding + kh.
+
+    Every input pixel adds `x @ kernel[a, b]` at output row `stride * i + a - padding` and the like column.
+    PyTorch's weight (in, out, kh, kw) becomes `kernel` by moving axes alone, no flip:
+    `weight.transpose(2, 3, 0, 1)`. Sums are taken in float32 and returned in the type of `x`, then `epilogue`
+    is applied to every pixel.
+
+    Raises:
+        ValueError: for shapes, strides or paddings that do not make a transposed convolution.
+    """
+    _check(x, kernel, stride, padding)
+    if any((n - 1) * stride + k <= 2 * padding for n, k in zip(x.shape[1:3], kernel.shape[:2], strict=True)):
+        raise ValueError(
+            f"padding {padding} leaves nothing of an image {x.shape[1:3]} under kernel {kernel.shape[:2]}"
+        )
+    epilogue = epilogue or _IDENTITY
+    if runtime.target() == "cpu":
+        return cpu_convolutions.conv2d_transpose(x, kernel, epilogue.params, stride, padding, epilogue.cpu)
+    pads = [(k - 1 - padding,) * 2 for k in kernel.shape[:2]]
+    y = jax.lax.conv_general_dilated(
+        x, kernel[::-1, ::-1], (1, 1), pads, lhs_dilation=(stride, stride), dimension_numbers=_DIMENSIONS
+    )
+    return epilogue(y)
+
+
+def _check(x: Array, kernel: Array, stride: int, padding: int) -> None:
+    if x.ndim != 4 or kernel.ndim != 4:
+        raise ValueError(
+            f"want (batch, height, width, in) and (kh, kw, in, out), got {x.shape} and {kernel.shape}"
+        )
+    if x.shape[3] != kernel.shape[2]:
+        raise ValueError(f"image has {x.shape[3]} channels, kernel takes {kernel.shape[2]}")
+    if stride < 1 or padding < 0:
+        raise ValueError(f"want stride >= 1 and padding >= 0, got {stride} and {padding}")
+
+
+def position_scores(
+    position: Float[Array, "sequence head size"], by_slot: Float[Array, "head slot size"]
+) -> Float[Array, "sequence head slot"]:
+    """The part of a step's attention scores that depends on distances, whose keys all sequences share.
+
+    A matrix product, in float32. On a GPU it is written as a sum, which the kernel that adds it to the rest
+    of the scores can take: a product's own kernel would cost more than its arithmetic.
+    """
+    if runtime.target() == "gpu":
+        return jnp.sum(position.astype(jnp.float32)[:, :, None] * by_slot.astype(jnp.float32), axis=-1)
+    return float32_einsum("nhd,hsd->nhs", position, by_slot)

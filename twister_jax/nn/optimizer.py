@@ -1,0 +1,64 @@
+"""One optimiser step: clip by the global norm, Adam, and no change at all where a number is not finite."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float
+
+from twister_jax.config import OptimizerConfig
+from twister_jax.nn.networks import Params
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Adam (Kingma and Ba 2015, arXiv:1412.6980) for gradients that are already clipped.
+
+    The weight decay is an L2 term added to the gradient, as PyTorch's Adam has it.
+    """
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay) if config.weight_decay else optax.identity(),
+        optax.scale_by_adam(eps=config.epsilon),
+        optax.scale_by_learning_rate(config.learning_rate),
+    )
+
+
+def global_norm(gradients: Params) -> Float[Array, ""]:
+    """What `optax.tree.norm` computes, with vectors, which are many and short, in one reduction."""
+    leaves = jax.tree.leaves(gradients)
+    vectors = [leaf for leaf in leaves if leaf.ndim <= 1]  # scalars too
+    joined = [jnp.concatenate([vector.reshape(-1) for vector in vectors])] if vectors else []
+    squares = [jnp.sum(x * x) for x in [*joined, *(leaf for leaf in leaves if leaf.ndim > 1)]]
+    return jnp.sqrt(sum(squares))
+
+
+def where_finite(sound: Bool[Array, ""], new: Any, old: Any) -> Any:
+    """The tree `new` if everything behind it was finite (`sound`), else `old`."""
+    return jax.tree.map(lambda n, o: jnp.where(sound, n, o), new, old)
+
+
+def apply_gradients(
+    config: OptimizerConfig,
+    gradients: Params,
+    params: Params,
+    optimizer_state: optax.OptState,
+    sound: Bool[Array, ""],
+) -> tuple[Params, optax.OptState, Float[Array, ""]]:
+    """New parameters and optimiser state, or the old ones where a loss or the gradient is not finite.
+
+    Args:
+      config: of the optimiser.
+      gradients: of the parameters, not yet clipped.
+      params: parameters.
+      optimizer_state: from `make_optimizer(config).init`.
+      sound: whether all losses are finite.
+
+    Returns:
+      parameters, optimiser state, and the gradient's global norm before clipping.
+    """
+    norm = global_norm(gradients)
+    clip_factor = jnp.minimum(1.0, config.clip_norm / norm)
+    gradients = jax.tree.map(lambda gradient: clip_factor * gradient, gradients)
+    updates, new_state = make_optimizer(config).update(gradients, optimizer_state, params)
+    new = (optax.apply_updates(params, updates), new_state)
+    return (*where_finite(sound & jnp.isfinite(norm), new, (params, optimizer_state)), norm)

@@ -1,0 +1,150 @@
+"""From names to a whole configuration: presets, `config.json`, validation, and what differs from the paper.
+
+Nothing here imports JAX, so that the command line answers at once.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from twister_jax import agents, envs, fields
+from twister_jax.config import Config, EvaluationConfig, Precision, ReplayConfig, TrainConfig
+from twister_jax.errors import UserError
+from twister_jax.fields import did_you_mean, show
+
+AUTO = "auto"
+"""The preset that is chosen by what the machine has."""
+
+
+def make_config(
+    agent: str = agents.DEFAULT_AGENT,
+    preset: str = "paper",
+    game: str = envs.DEFAULT_GAME,
+    **overrides: Any,
+) -> Config:
+    """An agent's preset with some fields replaced.
+
+    Args:
+      agent: a name in `agents.AGENTS`.
+      preset: one of the agent's: `paper` (as published), `cpu`, `debug`.
+      game: `NAME` or `SUITE:NAME`, however spelled.
+      **overrides: new values by dotted name, as in `make_config(**{"train.steps": 500})`.
+
+    Raises:
+      UserError: an unknown agent, preset, game or field.
+    """
+    package = agents.package(agent)
+    if preset not in package.presets:
+        near = did_you_mean(preset, package.presets)
+        raise UserError(f"unknown preset {preset!r}{near}; one of {', '.join(package.presets)}")
+    chosen = package.presets[preset]
+    suite, _ = envs.resolve(game)
+    config = Config(
+        game=envs.full_name(game),
+        agent=agent,
+        preset=preset,
+        env=suite.settings,
+        train=TrainConfig(),
+        replay=ReplayConfig(),
+        evaluation=EvaluationConfig(),
+        algorithm=chosen.algorithm,
+    )
+    of_suite = {field.name for field in dataclasses.fields(suite.settings)}
+    heeded = {f"env.{name}": value for name, value in chosen.env.items() if name in of_suite}
+    for settings in (chosen.shared, suite.presets.get(preset, {}), heeded, chosen.suites.get(suite.name, {})):
+        config = fields.replace(config, settings)
+    return fields.replace(config, overrides)
+
+
+def complete(config: Config) -> Config:
+    """Fills in what is left to the program: precision by the device's kind, and the run directory."""
+    from twister_jax.runtime import resolve_precision
+
+    game = config.game.replace(":", "-").replace("/", "-")
+    logdir = config.logdir or f"runs/{config.agent}-{game}-{config.preset}-seed{config.seed}"
+    precision = cast(Precision, resolve_precision(config.precision))
+    return dataclasses.replace(config, precision=precision, logdir=logdir)
+
+
+def differences_from_paper(config: Config) -> str:
+    """One line for people: what differs from the published settings, with those in brackets."""
+    published = dataclasses.replace(make_config(config.agent, "paper", config.game), precision="float32")
+    told = [
+        f"{name} {show(new)} ({show(old)})"
+        for name, (new, old) in fields.differences(config, published).items()
+        if name not in ("game", "agent", "preset", "seed", "logdir") and (name, new) != ("precision", AUTO)
+    ]
+    return "differs from paper: " + ", ".join(told) if told else "settings: as published (paper)"
+
+
+# ------------------------------------------------------------------------------------------- config.json
+
+
+def from_dict(data: Any, source: str = "config.json") -> Config:
+    """The configuration that `Config.to_dict` gave.
+
+    Raises:
+      UserError: a field is unknown, missing or of the wrong type; the message names it and `source`.
+    """
+    names = ("agent", "preset", "game")
+    if not isinstance(data, dict) or not all(isinstance(data.get(name), str) for name in names):
+        raise UserError(f"{source}: not a configuration of twister_jax")
+    try:
+        like = make_config(data["agent"], "paper", data["game"])
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    return fields.from_nested(like, data, source)
+
+
+def read_config(directory: Path) -> Config:
+    """The configuration of a run directory.
+
+    Raises:
+      UserError: it is no run directory, or its config.json is not of this version.
+    """
+    path = Path(directory) / "config.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{directory} is not a run directory: it has no config.json") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    return from_dict(data, str(path))
+
+
+# -------------------------------------------------------------------------------------------- validation
+
+
+def validate(config: Config) -> None:
+    """Refuses a configuration that cannot work.
+
+    Raises:
+      UserError: what is wrong with each field, and how to fix it.
+    """
+    problems = list(fields.out_of_range(config))
+    if not problems:  # what follows compares fields, and would only repeat it
+        problems = list(_contradictions(config))
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    train = config.train
+    if train.prefill_steps >= train.steps:
+        yield (
+            f"train.steps = {train.steps}: must exceed train.prefill_steps = {train.prefill_steps}, "
+            f"or nothing is learned"
+        )
+    expected = type(agents.package(config.agent).presets["paper"].algorithm)
+    if not isinstance(config.algorithm, expected):
+        yield f"agent = {config.agent}: its settings are those of another agent; start from make_config"
+    else:
+        yield from config.algorithm.problems(config)
+
+
+def stored_steps(config: Config) -> int:
+    """Steps that the replay has room for: resets are stored too, and are many where games are short."""
+    return min(config.replay.capacity, math.ceil(1.08 * config.train.steps) + 1_000)

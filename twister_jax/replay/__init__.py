@@ -1,0 +1,1 @@
+"""The replay: stored steps on the devices (`store`) and on disk (`segments`)."""

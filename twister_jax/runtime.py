@@ -1,0 +1,160 @@
+"""How JAX is started: devices, compilation cache, precision, host memory, and the kind of device traced for.
+
+XLA's CPU backend takes its scratch memory with malloc at every call. By default glibc hands gigabytes back to
+the kernel each time, and the next call pays for them page by page: a fifth of a CPU update of the paper's
+size, more than half of a small one. So what is freed is kept.
+"""
+
+import contextlib
+import contextvars
+import ctypes
+import functools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from twister_jax.errors import UserError
+
+# ------------------------------------------------------------------------------------------------ start
+
+
+def start_jax() -> None:
+    """Starts JAX once the input is known to be good; freed memory and compiled programs are kept.
+
+    Raises:
+      UserError: JAX finds no device it can use.
+    """
+    keep_freed_memory()
+    import jax
+
+    try:
+        backend = jax.default_backend()
+    except RuntimeError as error:
+        raise UserError(f"JAX cannot start: {error}; run `python -m twister_jax doctor`") from error
+    keep_compiled_programs(backend)
+
+
+def keep_compiled_programs(backend: str) -> None:
+    """Keeps them in `cache_directory`; where that cannot be written, every start compiles anew."""
+    import jax
+
+    cache = cache_directory(backend)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(cache, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+        # XLA's own caches (autotuning, on a GPU) would put this path into every key: no program in a copied
+        # cache would be found.
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+
+
+def cache_directory(backend: str) -> Path:
+    """`$TWISTER_JAX_CACHE` or ~/.cache/twister_jax/xla, and a folder for this kind of processor in it.
+
+    What was compiled for one processor may not run on another one that shares the home directory.
+    """
+    chosen = os.environ.get("TWISTER_JAX_CACHE")
+    cache = Path(chosen) if chosen else Path("~/.cache/twister_jax/xla").expanduser()
+    return cache / f"{backend}-{_processor()}"
+
+
+def _processor() -> str:
+    """A short name for what this processor can do."""
+    import hashlib
+    import platform
+
+    features = platform.machine() + platform.processor()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("model name", "flags", "Features")):
+                features += line
+            elif not line:
+                break
+    return hashlib.sha256(features.encode()).hexdigest()[:12]
+
+
+# ------------------------------------------------------------------------------- what is traced, and how
+
+_target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
+
+
+def target() -> str:
+    """Kind of device that programs are traced for: `cpu`, `gpu` or `tpu`. Formulations follow it."""
+    import jax
+
+    return _target.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def tracing_for(kind: str) -> Iterator[None]:
+    """Traces for another kind of device than JAX's default, to compile for it or to test its formulation.
+
+    JAX keeps traced programs by function and shapes alone, so trace new functions inside.
+    """
+    token = _target.set(kind)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def resolve_precision(precision: str) -> str:
+    """`auto` is bfloat16 where the device is fast at it, and float32 on a CPU."""
+    return ("float32" if target() == "cpu" else "bfloat16") if precision == "auto" else precision
+
+
+def compute_dtype(precision: str) -> Any:
+    """Number format of matrix products."""
+    import jax.numpy as jnp
+
+    return jnp.dtype(resolve_precision(precision))
+
+
+def product_precision(precision: str) -> str | None:
+    """What `jax.default_matmul_precision` has to be for a run of this precision; None leaves it alone.
+
+    JAX's default on accelerators is coarser than float32: TF32 on NVIDIA hardware, bfloat16 on a TPU.
+    """
+    return "highest" if resolve_precision(precision) == "float32" and target() != "cpu" else None
+
+
+def in_precision(function: Callable[..., Any], precision: str) -> Callable[..., Any]:
+    """`function`, multiplying as a run of this precision does."""
+    import jax
+
+    products = product_precision(precision)
+    if products is None:
+        return function
+
+    @functools.wraps(function)
+    def exact(*args: Any) -> Any:
+        with jax.default_matmul_precision(products):
+            return function(*args)
+
+    return exact
+
+
+# ------------------------------------------------------------------------------------------ host memory
+
+# Option numbers of mallopt(3).
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc's malloc to keep what is freed; elsewhere does nothing. Call before JAX allocates."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_MMAP_MAX, 0)
+        mallopt(_TRIM_THRESHOLD, -1)  # never: the largest number would still trim what is above 2 GB
+        mallopt(_TOP_PAD, 1 << 28)
+        mallopt(_ARENA_MAX, 1)  # the others unmap whatever is larger than 64 MB
+
+
+def return_freed_memory() -> None:
+    """Gives the kernel what was kept, so that it does not count as taken; elsewhere does nothing."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

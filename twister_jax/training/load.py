@@ -1,0 +1,79 @@
+"""Loading a run: one function for evaluation, pictures, notebooks and tests."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from twister_jax import agents, presets
+from twister_jax.agents.base import Agent, State
+from twister_jax.config import Config
+from twister_jax.envs.base import EnvSpec
+from twister_jax.errors import UserError
+from twister_jax.fields import replace
+from twister_jax.training.checkpoint import Checkpointer
+from twister_jax.training.state import MakeAgent, RunState
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedRun:
+    """A run as one of its checkpoints holds it, without replay and environments.
+
+    Attributes:
+      config: as the run was trained, its `logdir` being where it was found.
+      spec: what its environments give and take.
+      agent: its functions.
+      state: what it learned.
+      counters: where it stood; see `training.state.Counters`.
+    """
+
+    config: Config
+    spec: EnvSpec
+    agent: Agent
+    state: State
+    counters: dict[str, Any]
+
+
+def load_run(
+    directory: str | Path,
+    step: int | None = None,
+    make_agent: MakeAgent = agents.make_agent,
+    **overrides: Any,
+) -> LoadedRun:
+    """What a run directory holds; nothing in it is changed, and no environment is made.
+
+    Args:
+      directory: of the run.
+      step: of the checkpoint; None means the newest usable one.
+      make_agent: as `agents.make_agent`.
+      **overrides: other settings by dotted name, as in `**{"evaluation.episodes": 5}`.
+
+    Raises:
+      UserError: it is no run directory, has no such checkpoint, or an override cannot work.
+    """
+    config = replace(presets.read_config(Path(directory)), {"logdir": str(directory), **overrides})
+    presets.validate(config)
+    found: dict[str, Any] = {}
+
+    def state_like(host: dict[str, Any]) -> RunState:
+        found["spec"] = _spec(host.get("spec"), directory)
+        found["agent"] = make_agent(config, found["spec"])
+        return RunState.shapes(found["agent"], found["spec"], config.env.num_envs)
+
+    state, host = Checkpointer(Path(directory) / "checkpoints").load_state(state_like, step)
+    return LoadedRun(config, found["spec"], found["agent"], state.agent, host["counters"])
+
+
+def _spec(stored: Any, directory: str | Path) -> EnvSpec:
+    try:
+        spec = EnvSpec(
+            image_shape=tuple(stored["image_shape"]),
+            num_actions=stored["num_actions"],
+            discrete=stored["discrete"],
+            action_names=tuple(stored["action_names"]),
+        )
+    except (KeyError, TypeError):
+        raise UserError(f"{directory} does not say what its environments were like: it is damaged") from None
+    sizes = (*spec.image_shape, spec.num_actions)
+    if len(spec.image_shape) != 3 or not all(isinstance(n, int) and 0 < n <= 10**5 for n in sizes):
+        raise UserError(f"{directory} does not say what its environments were like: it is damaged")
+    return spec

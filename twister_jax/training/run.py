@@ -1,0 +1,398 @@
+"""A run: how it starts or resumes, what it tells, and how it is saved. `loop` is how it gets on."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from twister_jax import presets
+from twister_jax.agents.base import Pretraining
+from twister_jax.config import Config
+from twister_jax.envs.base import EnvStep
+from twister_jax.errors import UserError
+from twister_jax.randomness import Purpose, generator_for, key_for
+from twister_jax.replay import store
+from twister_jax.replay.store import Replay, Transition
+from twister_jax.training import evaluation
+from twister_jax.training.checkpoint import Checkpointer, Snapshot
+from twister_jax.training.logs import Averages, Log
+from twister_jax.training.memory import check_memory
+from twister_jax.training.programs import Programs, trace, trace_agent
+from twister_jax.training.progress import Progress, duration
+from twister_jax.training.provenance import different_numerics, numerics
+from twister_jax.training.rundir import RunDirectory
+from twister_jax.training.signals import Signals
+from twister_jax.training.state import (
+    Counters,
+    MakeAgent,
+    MakeEnv,
+    RunState,
+    observe,
+    tree_bytes,
+    updates_due,
+)
+
+
+class DivergedError(UserError):
+    """Too many updates in a row were not finite."""
+
+    exit_code = 1
+
+
+class Run:
+    """A run between two iterations.
+
+    Attributes:
+      state, replay, counters: what it is; see `training.state`.
+      averages: metrics since the last row, by the kind of update.
+      programs: the compiled functions that the loop calls.
+    """
+
+    state: RunState
+    replay: Replay
+    counters: Counters
+    averages: dict[str, Averages]
+    programs: Programs
+    log: Log
+
+    def __init__(
+        self, config: Config, make_agent: MakeAgent, make_env: MakeEnv, progress: Progress, signals: Signals
+    ):
+        self.config, self.progress, self.signals = config, progress, signals
+        self.directory = Path(config.logdir)
+        self.make_env = make_env
+        seed = int(generator_for(config.seed, Purpose.ENVIRONMENT).integers(2**31))
+        try:
+            self.env = make_env(config.game, config.env, config.env.num_envs, seed)
+        except RuntimeError as error:
+            raise UserError(f"cannot start {config.game}: {error}") from error
+        self.agent = make_agent(config, self.env.spec)
+        self.checkpointer = Checkpointer(self.directory / "checkpoints", config.train.keep_checkpoints)
+        self.averages = {}
+        self._saved: tuple[int, int] | None = None
+        self._start_or_resume()
+        self._started = time.monotonic() - self.counters.wall_seconds
+        self._reported = self.counters.updates // max(1, config.train.report_every)
+        self._tried_at, self._tried_steps = self.seconds, self.counters.env_steps
+        self._pace: list[tuple[float, int]] = []
+        self._shown: dict[str, Any] = {}
+        self._fits = False
+
+    # ----------------------------------------------------------------------------------- where it stands
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left but to evaluate."""
+        return not self.steps_left and self.counters.updates >= self.updates_due
+
+    @property
+    def steps_left(self) -> int:
+        """Agent steps to be taken."""
+        return max(0, self.config.train.steps - self.counters.env_steps)
+
+    @property
+    def filling(self) -> bool:
+        """Whether random steps are still wanted."""
+        stored = self.counters.iterations + 1  # in each stream; the first reset is one
+        return self.counters.filled_at is None and (
+            self.counters.env_steps < self.config.train.prefill_steps or stored < self.agent.min_replay_steps
+        )
+
+    @property
+    def phase(self) -> tuple[Pretraining, int] | None:
+        """The pretraining phase that is not finished, and how many updates it has had."""
+        done = self.counters.pretraining_updates
+        for phase in self.agent.pretraining:
+            if done < phase.updates:
+                return phase, done
+            done -= phase.updates
+        return None
+
+    @property
+    def updates_due(self) -> int:
+        """Updates that should have been made by now."""
+        counters, rate = self.counters, self.config.train.updates_per_step
+        return updates_due(counters.env_steps, counters.filled_at, rate)
+
+    @property
+    def seconds(self) -> float:
+        """That the run has taken, over all its processes."""
+        return time.monotonic() - self._started
+
+    # --------------------------------------------------------------------------------- what the loop calls
+
+    def program(self, name: str) -> Any:
+        """A compiled function.
+
+        Raises:
+          Interrupted: it was not there yet, and a signal came first.
+          UserError: what the updates need does not fit into memory.
+        """
+        if not self.programs.compiled(name):
+            self.progress.update(self.progress_line())
+            self._pace.clear()
+        program = self.programs[name]
+        if not self._fits:
+            # Before anything runs: what an update leaves with the process cannot be told from what is gone.
+            updates = ("update", *(phase.name for phase in self.agent.pretraining))
+            if scratch := {kind: self.programs.scratch_bytes(kind) for kind in updates}:
+                largest = max(scratch, key=scratch.__getitem__)
+                check_memory({f"running {largest}": scratch[largest]}, jax.devices()[0])
+            self._fits = True
+        return program
+
+    def store(self, action: Any, step: EnvStep) -> None:
+        """Puts a step into the replay, and what it shows before the actor."""
+        observation = observe(step)  # the frames travel once
+        action, reward, terminal = map(jax.numpy.asarray, (action, step.reward, step.terminal))
+        transition = Transition(observation.image, action, reward, terminal, observation.is_first)
+        self.replay = _insert(self.replay, transition)
+        self.state = dataclasses.replace(self.state, observation=observation)
+
+    def housekeep(self) -> None:
+        """Pictures, checkpoints, the progress line, and the question whether to stop."""
+        train, counters = self.config.train, self.counters
+        if train.report_every and counters.updates // train.report_every > self._reported:
+            report = self.program("report")
+            self._reported = counters.updates // train.report_every
+            key = key_for(self.config.seed, Purpose.REPORT, counters.updates)
+            self.log.pictures(counters.env_steps, report(self.state.agent, self.replay, key))
+        if (
+            counters.env_steps // train.checkpoint_every > self._tried_steps // train.checkpoint_every
+            or self.seconds - self._tried_at > 60 * train.checkpoint_minutes
+        ):
+            self.save(wait=False)
+        if self.progress.due():
+            self.progress.update(self.progress_line())
+        self.signals.check()
+
+    # ----------------------------------------------------------------------------------------- what it tells
+
+    def write_row(self, kind: str, phase: dict[str, Any] | None = None) -> None:
+        """Waits for the device, writes a row of metrics.jsonl, and stops a run that diverged."""
+        counters = self.counters
+        prefix = f"pretraining/{kind}/" if phase else ""
+        values: dict[str, Any] = {prefix + name: value for name, value in self.averages[kind].means().items()}
+        self.averages[kind] = Averages.empty(self.averages[kind].total)
+        health = self.agent.health(self.state.agent)
+        values |= {"health/skipped": int(health.skipped), "health/longest": int(health.longest)}
+        if counters.episodes:
+            values["episode/score"] = float(np.mean([score for score, _ in counters.episodes]))
+            values["episode/length"] = float(np.mean([length for _, length in counters.episodes]))
+            values["episode/count"] = len(counters.episodes)
+            counters.episodes = []
+        self._shown = values
+        where = {
+            "env_steps": counters.env_steps,
+            "updates": counters.updates,
+            "wall_seconds": round(self.seconds, 3),
+        }
+        self.log.row({**where, **(phase or {}), **values})
+        plotted = {**values, f"{prefix}steps_per_second": self.pace(), "updates": counters.updates}
+        self.log.plot(phase["phase_updates"] if phase else counters.env_steps, plotted)
+        self.check_health()
+
+    def check_health(self) -> None:
+        """Stops a run that diverged, before it is saved: what is on disk stays good.
+
+        Raises:
+          DivergedError: see `train.max_bad_updates`.
+        """
+        health = self.agent.health(self.state.agent)
+        if int(health.longest) >= self.config.train.max_bad_updates:
+            raise DivergedError(
+                f"training diverged: {int(health.longest)} updates in a row were not finite, first in "
+                f"{health.first_bad_name}; the last good checkpoint is kept in "
+                f"{self.checkpointer.directory}; a lower learning rate or another seed may help"
+            )
+
+    def pace(self) -> float:
+        """Agent steps (in pretraining: updates) per second, over the last half minute or so."""
+        now = (self.seconds, self.counters.position)
+        self._pace = [then for then in self._pace if then[0] > now[0] - 30] or self._pace[-1:]
+        self._pace.append(now)
+        (t0, s0), (t1, s1) = self._pace[0], self._pace[-1]
+        return (s1 - s0) / (t1 - t0) if t1 > t0 else 0.0
+
+    def progress_line(self) -> str:
+        """`steps 1,234/100,000  updates 1,071  12.3 steps/s  return 3 (last 10: 2.4)  …  left 2h13m`."""
+        counters, pace = self.counters, self.pace()
+        parts = [f"steps {counters.env_steps:,}/{self.config.train.steps:,}"]
+        if self.filling:
+            parts.append("random actions")
+        elif phase := self.phase:
+            parts.append(
+                f"pretraining {phase[0].name} {phase[1]:,}/{phase[0].updates:,}  {pace:.1f} updates/s"
+            )
+        else:
+            parts.append(f"updates {counters.updates:,}  {pace:.1f} steps/s")
+        if counters.recent_scores:
+            recent = counters.recent_scores
+            parts.append(f"return {recent[-1]:g} (last {len(recent)}: {np.mean(recent):.1f})")
+        for name, value in self._shown.items():
+            if name.endswith(self.agent.headline) and value is not None:
+                parts.append(f"{name} {value:.4g}")
+        kind = "update" if self.phase is None else self.phase[0].name
+        if not self.filling and not self.programs.compiled(kind):
+            parts.append("compiling")
+        elif pace and not self.filling:
+            target = self.config.train.steps + sum(phase.updates for phase in self.agent.pretraining)
+            parts.append(f"left {duration((target - counters.position) / pace)}")
+        return "  ".join(parts)
+
+    # ---------------------------------------------------------------------------------------- how it is saved
+
+    def save(self, *, wait: bool = True) -> bool:
+        """Writes a checkpoint, unless the newest one stands where the run stands; says whether there is one.
+
+        Without `wait` the run goes on as soon as everything is copied off the device, and the disk is written
+        meanwhile. A disk that refuses is reported and asked again when the next checkpoint is due.
+        """
+        counters = self.counters
+        self._tried_at, self._tried_steps = self.seconds, counters.env_steps
+        self.finish_saving()
+        if self._saved == (counters.position, counters.updates):
+            return True
+        self.check_health()
+        if not self.directory.exists():  # it vanished: without a configuration nothing could be resumed
+            with contextlib.suppress(OSError, UserError):
+                self.directory.mkdir(parents=True)
+                RunDirectory(self.directory).write_config(self.config.to_dict())
+        counters.wall_seconds = self.seconds
+        self.log.file.flush()
+        host = {
+            "counters": dataclasses.asdict(counters),
+            "averages": {kind: averages.to_host() for kind, averages in self.averages.items()},
+            "metrics_offset": self.log.file.offset,
+            "metrics_pending": self.log.file.pending,
+            "spec": dataclasses.asdict(self.env.spec),
+            "numerics": numerics(self.config.precision),
+        }
+        snapshot = Snapshot(self.state, self.replay, self.env.get_state(), host)
+        try:
+            self.checkpointer.save(counters.position, snapshot, wait=wait)
+        except OSError as error:
+            self._not_saved(error)
+            return False
+        self._saved = (counters.position, counters.updates)
+        return True
+
+    def note(self, text: str) -> None:
+        """Says something now that every later result repeats."""
+        self.progress.say(text)
+        self.counters.notes.append(text)
+
+    def finish_saving(self) -> None:
+        """Waits for a checkpoint that is still being written."""
+        try:
+            self.checkpointer.wait()
+        except OSError as error:
+            self._not_saved(error)
+
+    def _not_saved(self, error: OSError) -> None:
+        self._saved = None
+        self.progress.say(
+            f"checkpoint at step {self.counters.env_steps:,} could not be saved ({error}); going on"
+        )
+
+    def evaluate(self) -> None:
+        """The final evaluation, unless evaluation.json already has it."""
+        trained = {"env_steps": self.counters.env_steps, "updates": self.counters.updates}
+        if evaluation.is_current(self.directory / evaluation.FILE, self.config, trained):
+            self.progress.say(
+                f"finished: {self.directory} has its {trained['env_steps']:,} steps and {evaluation.FILE}"
+            )
+            return
+        evaluation.run(
+            self.config,
+            self.agent,
+            self.state.agent,
+            self.make_env,
+            trained,
+            self.progress,
+            self.signals,
+            self.counters.notes,
+        )
+
+    # --------------------------------------------------------------------------------------- how it begins
+
+    def _start_or_resume(self) -> None:
+        config, agent, num_envs, spec = self.config, self.agent, self.env.num_envs, self.env.spec
+        capacity = presets.stored_steps(config)
+        for name, value in (("replay.capacity", capacity), ("train.steps", config.train.steps)):
+            if value // num_envs < agent.min_replay_steps:
+                raise UserError(
+                    f"{name} = {value}: must be at least {agent.min_replay_steps * num_envs}, "
+                    f"the stored steps that {config.agent} needs before its first update"
+                )
+        make_replay = functools.partial(
+            store.init, num_envs, math.ceil(capacity / num_envs), spec.image_shape, spec.num_actions
+        )
+        shapes, replay_shapes = RunState.shapes(agent, spec, num_envs), jax.eval_shape(make_replay)
+        check_memory(
+            {"replay": tree_bytes(replay_shapes), "agent": tree_bytes(shapes.agent)}, jax.devices()[0]
+        )
+        snapshot = self.checkpointer.restore(shapes, replay_shapes)
+        if snapshot is not None:
+            self._resume(snapshot)
+            if not self.finished:
+                self.programs = self._compile(shapes, replay_shapes)
+            return
+        self.counters = Counters()
+        RunDirectory(self.directory).write_config(config.to_dict())  # nothing refuses the run from here on
+        self.log = Log(self.directory, self.progress, config.train.tensorboard)
+        try:
+            step = self.env.reset()
+        except RuntimeError as error:
+            raise UserError(f"cannot start {config.game}: {error}") from error
+        # Loading a program and touching gigabytes leave Python free for tracing.
+        with ThreadPoolExecutor(1) as beside:
+            state = beside.submit(RunState.begin, agent, spec, config.seed, step)
+            replay = beside.submit(jax.jit(make_replay))
+            self.programs = self._compile(shapes, replay_shapes)
+            self.state, self.replay = state.result(), replay.result()
+        self.store(self.state.action, step)
+
+    def _resume(self, snapshot: Snapshot) -> None:
+        host = snapshot.host
+        self.state, self.replay = snapshot.state, snapshot.replay
+        self.counters = Counters(**host["counters"])
+        self.averages = {kind: Averages.from_host(sums) for kind, sums in host["averages"].items()}
+        try:
+            self.env.set_state(snapshot.env)
+        except ValueError as error:
+            raise UserError(f"cannot resume {self.directory}: {error}") from error
+        self._saved = (self.counters.position, self.counters.updates)
+        RunDirectory(self.directory).write_config(self.config.to_dict())
+        self.progress.say(f"resuming {self.directory} at step {self.counters.env_steps:,}")
+        if changed := different_numerics(host["numerics"], self.config.precision):
+            self.note(f"resumed at step {self.counters.env_steps:,} with {changed}: not bit for bit")
+        self.log = Log(
+            self.directory,
+            self.progress,
+            self.config.train.tensorboard,
+            offset=host["metrics_offset"],
+            pending=host["metrics_pending"],
+            resumed_at=self.counters.env_steps,
+        )
+
+    def _compile(self, state: RunState, replay: Replay) -> Programs:
+        """Starts compiling all that the loop calls, for state and replay of these shapes."""
+        key = key_for(self.config.seed, Purpose.INIT)
+        traced = trace_agent(self.agent, state, replay, key, bool(self.config.train.report_every))
+        for kind in (*(phase.name for phase in self.agent.pretraining), "update"):
+            metrics = traced[kind].out_info[2]
+            if self.averages.get(kind) is None or self.averages[kind].total.keys() != metrics.keys():
+                self.averages[kind] = Averages.empty(metrics)
+            traced[f"{kind} averages"] = trace(Averages.add, self.averages[kind], metrics, donate=(0,))
+        return Programs(traced, self.signals)
+
+
+_insert = jax.jit(store.insert, donate_argnums=0)
