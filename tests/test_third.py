@@ -1,7 +1,6 @@
 """A third agent and a third suite go through the ordinary command line, from training to benchmarks."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -87,11 +86,15 @@ def test_it_is_benchmarked_like_any_other(tmp_path):
     code = (
         "import sys; from tests import third; third.register()\n"
         "from benchmarks.__main__ import main\n"
-        f"sys.exit(main(['--agent', '{third.AGENT}', '--game', 'slider:easy', '--preset', 'debug', '--quick',\n"
-        f"    '--only', 'update', 'breakdown', '--json', {str(tmp_path / 'out.json')!r}]))"
+        "sys.exit(main(sys.argv[1:]))"
     )
+    flags = ["--agent", third.AGENT, "--game", "slider:easy", "--preset", "debug", "--quick"]
+    flags += ["--only", "update", "breakdown"]
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={**os.environ}
+        [sys.executable, "-c", code, *flags, "--json", str(tmp_path / "out.json")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "out.json").read_text())["seconds_per_update"] > 0

@@ -24,7 +24,7 @@ from twister_jax.envs import make_vector_env
 from twister_jax.errors import UserError
 from twister_jax.presets import make_config, read_config
 from twister_jax.training import loop
-from twister_jax.training.checkpoint import Checkpointer
+from twister_jax.training.checkpoint import Checkpointer, Snapshot
 from twister_jax.training.load import load_run
 from twister_jax.training.logs import Averages, Log, MetricsFile
 from twister_jax.training.progress import Progress, duration
@@ -304,6 +304,90 @@ def test_a_run_outlives_its_directory(tmp_path, undisturbed):
     assert train(config) == 0  # it is a run again, and a finished one
 
 
+def damage(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damaged", ["the oldest", "a middle one", "all"])
+def test_a_run_goes_on_without_stored_steps_that_are_damaged(tmp_path, damaged, capsys):
+    """All checkpoints share them, but parameters, optimisers and counters are intact."""
+    assert train(config_of(tmp_path, 80)) == 0
+    segments = sorted((tmp_path / "checkpoints" / "replay").glob("*.npy"))
+    assert len(segments) > 2
+    for path in {"the oldest": segments[:1], "a middle one": segments[1:2], "all": segments}[damaged]:
+        damage(path)
+    state = load_run(tmp_path).state  # never needs the replay
+    capsys.readouterr()
+    assert train(config_of(tmp_path, 120)) == 0
+    assert "stored steps were damaged on disk: resumed without them at step 80" in capsys.readouterr().out
+    loaded = load_run(tmp_path)
+    assert loaded.counters["env_steps"] == 120
+    assert int(loaded.state["updates"]) > int(state["updates"]) + 10
+    (note,) = json.loads((tmp_path / "evaluation.json").read_text())["protocol"]["notes"]
+    assert note == loaded.counters["notes"][0]
+    assert train(config_of(tmp_path, 130)) == 0  # what was saved since is sound
+
+
+def test_a_run_whose_replay_was_lost_learns_again_when_it_can(tmp_path):
+    """Nothing is drawn from too few steps, and what could not be learned is not made up for in a burst."""
+    config = config_of(tmp_path, 80, **NO_PHASES)
+    assert train(config) == 0
+    before = load_run(tmp_path).counters
+    for path in (tmp_path / "checkpoints" / "replay").glob("*.npy"):
+        damage(path)
+    assert train(config_of(tmp_path, 100, **NO_PHASES)) == 0
+    after = load_run(tmp_path).counters
+    lost = after["filled_at"] - before["filled_at"]
+    assert 0 < lost <= WINDOW
+    assert after["updates"] - before["updates"] == pytest.approx(0.7 * (20 - lost), abs=1)
+
+
+def test_a_resumption_that_cannot_be_exact_says_so(tmp_path, monkeypatch, capsys):
+    assert train(config_of(tmp_path, 60)) == 0
+    cores = os.sched_getaffinity(0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores | {1000})
+    capsys.readouterr()
+    assert train(config_of(tmp_path, 80)) == 0
+    (note,) = load_run(tmp_path).counters["notes"]
+    assert note in capsys.readouterr().out
+    assert f"threads {len(cores) + 1} (was {len(cores)}): not bit for bit" in note
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        {"counters": {"iterations": -1}},
+        {"counters": {"nothing": 1}},
+        {"counters": {"env_steps": "many"}},
+        {"counters": []},
+        {"counters": {}, "averages": 3},
+        {"counters": {}, "averages": {}, "metrics_offset": -5, "metrics_pending": []},
+        {"counters": {}, "averages": {}, "metrics_offset": 0, "metrics_pending": 7},
+    ],
+)
+def test_counters_from_a_stranger_are_checked(tmp_path, host):
+    assert train(config_of(tmp_path, 40)) == 0
+    checkpointer = Checkpointer(tmp_path / "checkpoints")
+    with Signals() as signals:
+        run = Run(config_of(tmp_path, 60), make_agent, make_vector_env, Progress(), signals)
+    sound = {"counters": {}, "averages": {}, "metrics_offset": 0, "metrics_pending": []}
+    snapshot = Snapshot(run.state, run.replay, run.env.get_state(), {**sound, "spec": {}, **host})
+    checkpointer.save(900, snapshot)
+    with pytest.raises(UserError, match="cannot resume") as raised:
+        train(config_of(tmp_path, 60))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("redirect", [">/dev/full 2>/dev/full", "| head -1", ">&- 2>&-"])
+def test_failing_to_print_does_not_end_a_run(tmp_path, redirect):
+    command = f"{sys.executable} -m tests.third train --agent minimal --game Catch --preset debug"
+    shell = f"{command} --logdir {tmp_path / 'run'} {redirect}"
+    subprocess.run(["sh", "-c", shell], cwd=ROOT, timeout=120)
+    assert (tmp_path / "run" / "evaluation.json").exists()
+
+
 def test_rows_wait_while_the_disk_refuses_them(tmp_path):
     file = MetricsFile(tmp_path / "gone" / "metrics.jsonl")
     assert isinstance(file.write({"a": 1}), OSError)
@@ -387,7 +471,9 @@ def wait_until(condition, process, seconds=60.0):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 def test_a_signal_saves_and_exits(tmp_path, number, code):
     process = start(tmp_path, 20_000, "--checkpoint-every", "1000000")
     metrics = tmp_path / "metrics.jsonl"

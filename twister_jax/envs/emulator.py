@@ -9,6 +9,7 @@ from typing import Any
 import ale_py
 
 _RESET = 255  # stands among the emulator's actions in the record of what was done to it
+_LONGEST_RECORD = 100_000_000  # what is restored may come from a stranger
 _REBOOT_AFTER = 20_000  # emulator frames, about a second and a half of emulation
 
 
@@ -68,7 +69,10 @@ class Emulator:
     def set_state(self, state: dict[str, Any]) -> None:
         """Does everything again: takes as long as emulating that many frames."""
         self._seed = state["seed"]
-        record = zlib.decompress(base64.b64decode(state["record"]))
+        inflate = zlib.decompressobj()
+        record = inflate.decompress(base64.b64decode(state["record"]), _LONGEST_RECORD)
+        if inflate.unconsumed_tail or not inflate.eof:
+            raise ValueError("the emulator's record is damaged or too long")
         self._boot()
         for action in record:
             if action == _RESET:

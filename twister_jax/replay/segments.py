@@ -196,6 +196,22 @@ def check(directory: Path, segments: Sequence[Segment], layout: Layout) -> None:
             raise UnusableError(f"{directory.name}/{error}") from None
 
 
+def newest_sound(
+    directory: Path, segments: Sequence[Segment], layout: Layout
+) -> tuple[Layout, tuple[Segment, ...]]:
+    """What is left where segments are damaged: the steps after the last such one, counted from 0 anew."""
+    kept: list[Segment] = []
+    for segment in reversed(segments):
+        try:
+            check(directory, [segment], layout)
+        except (UnusableError, OSError):
+            break
+        kept.insert(0, segment)
+    shift = kept[0].start if kept else layout.inserted
+    moved = (dataclasses.replace(s, start=s.start - shift, stop=s.stop - shift) for s in kept)
+    return dataclasses.replace(layout, inserted=layout.inserted - shift), tuple(moved)
+
+
 def restore(
     directory: Path, segments: Sequence[Segment], layout: Layout, visits: np.ndarray, like: Replay
 ) -> Replay:

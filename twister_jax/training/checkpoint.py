@@ -41,7 +41,7 @@ from twister_jax.replay.segments import Layout, Segment
 from twister_jax.replay.store import Replay
 from twister_jax.training import manifest as manifests
 from twister_jax.training import state_files
-from twister_jax.training.manifest import CHECKPOINT_NAME, Manifest
+from twister_jax.training.manifest import CHECKPOINT_NAME, Manifest, order
 
 _TEMPORARY_NAME = re.compile(r"tmp-(\d{9,}|delete)-[0-9a-f]{8}", re.ASCII)
 _UNUSABLE_NAME = re.compile(r"unusable-\d{9,}-\d+-[0-9a-f]{8}", re.ASCII)
@@ -59,12 +59,14 @@ class Snapshot:
       replay: the replay store.
       env: `VectorEnv.get_state()`.
       host: counters of the host loop, as JSON can hold them.
+      lost: steps per stream that were damaged on disk, or older than such, and are not in `replay`.
     """
 
     state: Any
     replay: Replay
     env: bytes
     host: dict[str, Any]
+    lost: int = 0
 
 
 @dataclasses.dataclass
@@ -103,7 +105,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints there are, usable or not, oldest first."""
-        return sorted({step for step, _ in map(_order, self._checkpoints())})
+        return sorted({step for step, _ in map(order, self._checkpoints())})
 
     def save(self, step: int, snapshot: Snapshot, wait: bool = True) -> None:
         """Adds a checkpoint, then deletes what the newest `keep` do not need.
@@ -138,7 +140,8 @@ class Checkpointer:
         """The newest usable checkpoint, or None when there is none at all.
 
         Logs one line for each unusable one that is stepped over, and moves it aside; removes what a killed
-        process left behind.
+        process left. Where none is usable because stored steps are damaged, which all share, the newest one
+        is restored without those and older ones; then nothing is moved or deleted.
 
         Args:
           state_like: a state of the same structure; only shapes and types are looked at.
@@ -153,26 +156,41 @@ class Checkpointer:
         bad: list[Path] = []
         for path in reversed(checkpoints):
             try:
-                manifest = manifests.read(path)
-                layout = manifest.replay
-                _check(path, manifest, manifest.files)
-                state_files.compare(path, manifest.state, state_like)
-                segments.compare(path, layout, replay_like)
-                segments.check(self._replay, manifest.segments, layout)
-                visits = files.read_array(path / "visits.npy", np.int32, (layout.streams, layout.size))
-                env = files.read(path / "env.bin", manifest.files["env.bin"].size)
-                state = state_files.read(path / "state", state_like)
+                snapshot, self._segments = self._read(path, state_like, replay_like, salvage=False)
             except (UnusableError, OSError) as error:
                 _log.warning("checkpoint %s is unusable (%s); trying the one before", path, one_line(error))
                 bad.append(path)
                 continue
-            replay = segments.restore(self._replay, manifest.segments, layout, visits, replay_like)
-            self._segments = manifest.segments
             self._set_aside(bad)
             self._delete_unneeded_segments()
-            return Snapshot(state=state, replay=replay, env=env, host=manifest.host)
+            return snapshot
+        for path in bad:
+            with contextlib.suppress(UnusableError, OSError):
+                snapshot, self._segments = self._read(path, state_like, replay_like, salvage=True)
+                return snapshot
         self._refuse_if_any(bad)
         return None
+
+    def _read(
+        self, path: Path, state_like: Any, replay_like: Replay, salvage: bool
+    ) -> tuple[Snapshot, tuple[Segment, ...]]:
+        """A checkpoint, and the segments that it and the next one share."""
+        manifest = manifests.read(path)
+        layout, kept = manifest.replay, manifest.segments
+        _check(path, manifest, (name for name in manifest.files if not (salvage and name == "visits.npy")))
+        state_files.compare(path, manifest.state, state_like)
+        segments.compare(path, layout, replay_like)
+        if salvage:
+            layout, kept = segments.newest_sound(self._replay, kept, layout)
+            visits = np.zeros((layout.streams, layout.size), np.int32)
+        else:
+            segments.check(self._replay, kept, layout)
+            visits = files.read_array(path / "visits.npy", np.int32, (layout.streams, layout.size))
+        env = files.read(path / "env.bin", manifest.files["env.bin"].size)
+        state = state_files.read(path / "state", state_like)
+        replay = segments.restore(self._replay, kept, layout, visits, replay_like)
+        lost = manifest.replay.size - layout.size
+        return Snapshot(state, replay, env, manifest.host, lost), () if salvage else kept
 
     def load_state(
         self, state_like: Callable[[dict[str, Any]], Any], step: int | None = None
@@ -184,7 +202,7 @@ class Checkpointer:
         Raises:
           UserError: there is no such checkpoint, it is not usable, or it belongs to another model.
         """
-        paths = [path for path in self._checkpoints() if step in (None, _order(path)[0])]
+        paths = [path for path in self._checkpoints() if step in (None, order(path)[0])]
         for path in reversed(paths):
             try:
                 manifest = manifests.read(path)
@@ -214,14 +232,14 @@ class Checkpointer:
 
     def _checkpoints(self) -> list[Path]:
         """Directories of complete checkpoints, oldest first."""
-        return sorted(self._paths(CHECKPOINT_NAME), key=_order)
+        return sorted(self._paths(CHECKPOINT_NAME), key=order)
 
     def _refuse_if_any(self, unusable: Sequence[Path]) -> None:
         """Raises `UserError` where training anew would bury something."""
         if unusable:
             raise UserError(
                 f"none of the {len(unusable)} checkpoints in {self.directory} is usable (reasons above): "
-                "put back a sound copy, or delete the run directory or name another LOGDIR to start anew"
+                "put back a sound copy, or name another LOGDIR to start anew"
             )
         known = re.compile(r"replay|(tmp|unusable)-.*|\..*")
         foreign = sorted(
@@ -267,7 +285,7 @@ class Checkpointer:
     def _finish(self, draft: _Draft) -> None:
         """The rest of a save: everything that only needs the disk."""
         try:
-            serial = max((s for n, s in map(_order, self._checkpoints()) if n == draft.step), default=-1) + 1
+            serial = max((s for n, s in map(order, self._checkpoints()) if n == draft.step), default=-1) + 1
             final = self.directory / f"{draft.step:09d}-{serial}"
             self._write_segment(draft)
             files.fsync(self._replay, self.directory)
@@ -349,12 +367,6 @@ class Checkpointer:
         segments.delete(self._replay, there - needed)
 
 
-def _order(path: Path) -> tuple[int, int]:
-    """(step, serial) of a checkpoint's directory."""
-    step, serial = path.name.split("-")
-    return int(step), int(serial)
-
-
 def _write_checkpoint(path: Path, draft: _Draft) -> None:
     """Fills the directory of one checkpoint, and sees it onto the disk."""
     checksums = {
@@ -374,9 +386,6 @@ def _write_checkpoint(path: Path, draft: _Draft) -> None:
         files=checksums,
     ).write(path)
     files.fsync(*(p for p in path.rglob("*") if p.is_dir()), path)
-
-
-# Checking
 
 
 def _check(path: Path, manifest: Manifest, names: Iterable[str]) -> None:

@@ -107,3 +107,5 @@ def step_env(run: Run, action: Any) -> None:
         raise UserError(f"{error}; the last checkpoint is kept") from error
     run.store(action, step)
     run.counters.add(step)
+    if run.refilling:  # what cannot be learned now is not made up for later
+        run.counters.postpone(step)

@@ -154,3 +154,9 @@ def _manifest(content: Any) -> Manifest:
         if not holds:
             raise _InvalidError(f"its {what} cannot be")
     return manifest
+
+
+def order(path: Path) -> tuple[int, int]:
+    """(step, serial) of a checkpoint's directory."""
+    step, serial = path.name.split("-")
+    return int(step), int(serial)

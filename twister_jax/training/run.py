@@ -1,18 +1,17 @@
-"""A run: how it starts or resumes, what it tells, and how it is saved. `loop` is how it gets on."""
+"""A run: where it stands, what it tells, and how it is saved.
+
+`start` is how it begins or resumes, `loop` is how it gets on.
+"""
 
 import contextlib
 import dataclasses
-import functools
-import math
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from twister_jax import presets
 from twister_jax.agents.base import Pretraining
 from twister_jax.config import Config
 from twister_jax.envs.base import EnvStep
@@ -24,20 +23,13 @@ from twister_jax.training import evaluation
 from twister_jax.training.checkpoint import Checkpointer, Snapshot
 from twister_jax.training.logs import Averages, Log
 from twister_jax.training.memory import check_memory
-from twister_jax.training.programs import Programs, trace, trace_agent
+from twister_jax.training.programs import Programs
 from twister_jax.training.progress import Progress, duration
-from twister_jax.training.provenance import different_numerics, numerics
+from twister_jax.training.provenance import numerics
 from twister_jax.training.rundir import RunDirectory
 from twister_jax.training.signals import Signals
-from twister_jax.training.state import (
-    Counters,
-    MakeAgent,
-    MakeEnv,
-    RunState,
-    observe,
-    tree_bytes,
-    updates_due,
-)
+from twister_jax.training.start import start_or_resume
+from twister_jax.training.state import Counters, MakeAgent, MakeEnv, RunState, observe, updates_due
 
 
 class DivergedError(UserError):
@@ -51,6 +43,7 @@ class Run:
 
     Attributes:
       state, replay, counters: what it is; see `training.state`.
+      stored: steps that each stream of the replay has been given.
       averages: metrics since the last row, by the kind of update.
       programs: the compiled functions that the loop calls.
     """
@@ -58,6 +51,7 @@ class Run:
     state: RunState
     replay: Replay
     counters: Counters
+    stored: int
     averages: dict[str, Averages]
     programs: Programs
     log: Log
@@ -76,8 +70,8 @@ class Run:
         self.agent = make_agent(config, self.env.spec)
         self.checkpointer = Checkpointer(self.directory / "checkpoints", config.train.keep_checkpoints)
         self.averages = {}
-        self._saved: tuple[int, int] | None = None
-        self._start_or_resume()
+        self.saved_at: tuple[int, int] | None = None
+        start_or_resume(self)
         self._started = time.monotonic() - self.counters.wall_seconds
         self._reported = self.counters.updates // max(1, config.train.report_every)
         self._tried_at, self._tried_steps = self.seconds, self.counters.env_steps
@@ -100,10 +94,15 @@ class Run:
     @property
     def filling(self) -> bool:
         """Whether random steps are still wanted."""
-        stored = self.counters.iterations + 1  # in each stream; the first reset is one
-        return self.counters.filled_at is None and (
-            self.counters.env_steps < self.config.train.prefill_steps or stored < self.agent.min_replay_steps
-        )
+        too_few = self.stored < self.agent.min_replay_steps
+        if self.counters.filled_at is None:
+            return too_few or self.counters.env_steps < self.config.train.prefill_steps
+        return too_few and self.phase is not None  # stored steps were lost before pretraining was over
+
+    @property
+    def refilling(self) -> bool:
+        """Whether the replay, of which steps were lost, is too short to learn from."""
+        return self.counters.filled_at is not None and self.stored < self.agent.min_replay_steps
 
     @property
     def phase(self) -> tuple[Pretraining, int] | None:
@@ -119,6 +118,8 @@ class Run:
     def updates_due(self) -> int:
         """Updates that should have been made by now."""
         counters, rate = self.counters, self.config.train.updates_per_step
+        if self.refilling:
+            return counters.updates
         return updates_due(counters.env_steps, counters.filled_at, rate)
 
     @property
@@ -150,6 +151,7 @@ class Run:
 
     def store(self, action: Any, step: EnvStep) -> None:
         """Puts a step into the replay, and what it shows before the actor."""
+        self.stored += 1
         observation = observe(step)  # the frames travel once
         action, reward, terminal = map(jax.numpy.asarray, (action, step.reward, step.terminal))
         transition = Transition(observation.image, action, reward, terminal, observation.is_first)
@@ -159,7 +161,8 @@ class Run:
     def housekeep(self) -> None:
         """Pictures, checkpoints, the progress line, and the question whether to stop."""
         train, counters = self.config.train, self.counters
-        if train.report_every and counters.updates // train.report_every > self._reported:
+        due = train.report_every and counters.updates // train.report_every > self._reported
+        if due and not self.refilling:
             report = self.program("report")
             self._reported = counters.updates // train.report_every
             key = key_for(self.config.seed, Purpose.REPORT, counters.updates)
@@ -258,7 +261,7 @@ class Run:
         counters = self.counters
         self._tried_at, self._tried_steps = self.seconds, counters.env_steps
         self.finish_saving()
-        if self._saved == (counters.position, counters.updates):
+        if self.saved_at == (counters.position, counters.updates):
             return True
         self.check_health()
         if not self.directory.exists():  # it vanished: without a configuration nothing could be resumed
@@ -281,7 +284,7 @@ class Run:
         except OSError as error:
             self._not_saved(error)
             return False
-        self._saved = (counters.position, counters.updates)
+        self.saved_at = (counters.position, counters.updates)
         return True
 
     def note(self, text: str) -> None:
@@ -297,7 +300,7 @@ class Run:
             self._not_saved(error)
 
     def _not_saved(self, error: OSError) -> None:
-        self._saved = None
+        self.saved_at = None
         self.progress.say(
             f"checkpoint at step {self.counters.env_steps:,} could not be saved ({error}); going on"
         )
@@ -320,79 +323,6 @@ class Run:
             self.signals,
             self.counters.notes,
         )
-
-    # --------------------------------------------------------------------------------------- how it begins
-
-    def _start_or_resume(self) -> None:
-        config, agent, num_envs, spec = self.config, self.agent, self.env.num_envs, self.env.spec
-        capacity = presets.stored_steps(config)
-        for name, value in (("replay.capacity", capacity), ("train.steps", config.train.steps)):
-            if value // num_envs < agent.min_replay_steps:
-                raise UserError(
-                    f"{name} = {value}: must be at least {agent.min_replay_steps * num_envs}, "
-                    f"the stored steps that {config.agent} needs before its first update"
-                )
-        make_replay = functools.partial(
-            store.init, num_envs, math.ceil(capacity / num_envs), spec.image_shape, spec.num_actions
-        )
-        shapes, replay_shapes = RunState.shapes(agent, spec, num_envs), jax.eval_shape(make_replay)
-        check_memory(
-            {"replay": tree_bytes(replay_shapes), "agent": tree_bytes(shapes.agent)}, jax.devices()[0]
-        )
-        snapshot = self.checkpointer.restore(shapes, replay_shapes)
-        if snapshot is not None:
-            self._resume(snapshot)
-            if not self.finished:
-                self.programs = self._compile(shapes, replay_shapes)
-            return
-        self.counters = Counters()
-        RunDirectory(self.directory).write_config(config.to_dict())  # nothing refuses the run from here on
-        self.log = Log(self.directory, self.progress, config.train.tensorboard)
-        try:
-            step = self.env.reset()
-        except RuntimeError as error:
-            raise UserError(f"cannot start {config.game}: {error}") from error
-        # Loading a program and touching gigabytes leave Python free for tracing.
-        with ThreadPoolExecutor(1) as beside:
-            state = beside.submit(RunState.begin, agent, spec, config.seed, step)
-            replay = beside.submit(jax.jit(make_replay))
-            self.programs = self._compile(shapes, replay_shapes)
-            self.state, self.replay = state.result(), replay.result()
-        self.store(self.state.action, step)
-
-    def _resume(self, snapshot: Snapshot) -> None:
-        host = snapshot.host
-        self.state, self.replay = snapshot.state, snapshot.replay
-        self.counters = Counters(**host["counters"])
-        self.averages = {kind: Averages.from_host(sums) for kind, sums in host["averages"].items()}
-        try:
-            self.env.set_state(snapshot.env)
-        except ValueError as error:
-            raise UserError(f"cannot resume {self.directory}: {error}") from error
-        self._saved = (self.counters.position, self.counters.updates)
-        RunDirectory(self.directory).write_config(self.config.to_dict())
-        self.progress.say(f"resuming {self.directory} at step {self.counters.env_steps:,}")
-        if changed := different_numerics(host["numerics"], self.config.precision):
-            self.note(f"resumed at step {self.counters.env_steps:,} with {changed}: not bit for bit")
-        self.log = Log(
-            self.directory,
-            self.progress,
-            self.config.train.tensorboard,
-            offset=host["metrics_offset"],
-            pending=host["metrics_pending"],
-            resumed_at=self.counters.env_steps,
-        )
-
-    def _compile(self, state: RunState, replay: Replay) -> Programs:
-        """Starts compiling all that the loop calls, for state and replay of these shapes."""
-        key = key_for(self.config.seed, Purpose.INIT)
-        traced = trace_agent(self.agent, state, replay, key, bool(self.config.train.report_every))
-        for kind in (*(phase.name for phase in self.agent.pretraining), "update"):
-            metrics = traced[kind].out_info[2]
-            if self.averages.get(kind) is None or self.averages[kind].total.keys() != metrics.keys():
-                self.averages[kind] = Averages.empty(metrics)
-            traced[f"{kind} averages"] = trace(Averages.add, self.averages[kind], metrics, donate=(0,))
-        return Programs(traced, self.signals)
 
 
 _insert = jax.jit(store.insert, donate_argnums=0)

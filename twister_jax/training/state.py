@@ -88,6 +88,25 @@ class Counters:
     notes: list[str] = dataclasses.field(default_factory=list)
     """What a reader of the results should know: resumptions that were not exact, steps that were lost."""
 
+    @classmethod
+    def from_host(cls, values: dict[str, Any]) -> "Counters":
+        """From what `dataclasses.asdict` made and JSON kept.
+
+        Raises:
+          TypeError, ValueError: it is something else.
+        """
+        counters = cls(**values)
+        counts = ("iterations", "env_steps", "updates", "pretraining_updates", "filled_at")
+        for name in counts:
+            value = getattr(counters, name)
+            if not (name == "filled_at" and value is None) and (type(value) is not int or value < 0):
+                raise ValueError(f"counters.{name} = {str(value)[:40]}")
+        counters.episodes = [(float(score), int(length)) for score, length in counters.episodes]
+        counters.recent_scores = [float(score) for score in counters.recent_scores]
+        counters.notes = [str(note) for note in counters.notes]
+        counters.acted, counters.wall_seconds = bool(counters.acted), float(counters.wall_seconds)
+        return counters
+
     @property
     def position(self) -> int:
         """Names checkpoints: it grows whenever the run gets on."""
@@ -100,6 +119,11 @@ class Counters:
         for episode in step.episodes:
             self.episodes.append((float(episode.score), int(episode.length)))
             self.recent_scores = [*self.recent_scores, float(episode.score)][-10:]
+
+    def postpone(self, step: EnvStep) -> None:
+        """No updates are due for this step."""
+        assert self.filled_at is not None
+        self.filled_at += int((~step.is_first).sum())
 
 
 def updates_due(env_steps: int, filled_at: int | None, updates_per_step: float) -> int:

@@ -1,0 +1,111 @@
+"""How a run begins, or goes on from its newest checkpoint."""
+
+import functools
+import math
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import jax
+
+from twister_jax import presets
+from twister_jax.errors import UserError
+from twister_jax.files import one_line
+from twister_jax.randomness import Purpose, key_for
+from twister_jax.replay import store
+from twister_jax.replay.store import Replay
+from twister_jax.training.checkpoint import Snapshot
+from twister_jax.training.logs import Averages, Log
+from twister_jax.training.memory import check_memory
+from twister_jax.training.programs import Programs, trace, trace_agent
+from twister_jax.training.provenance import different_numerics
+from twister_jax.training.rundir import RunDirectory
+from twister_jax.training.state import Counters, RunState, tree_bytes
+
+if TYPE_CHECKING:
+    from twister_jax.training.run import Run
+
+
+def start_or_resume(run: "Run") -> None:
+    """Gives a run its state, replay, counters, log and programs.
+
+    Raises:
+      UserError: the memory, the settings or what the directory holds do not allow the run.
+    """
+    config, agent, num_envs, spec = run.config, run.agent, run.env.num_envs, run.env.spec
+    capacity = presets.stored_steps(config)
+    for name, value in (("replay.capacity", capacity), ("train.steps", config.train.steps)):
+        if value // num_envs < agent.min_replay_steps:
+            raise UserError(
+                f"{name} = {value}: must be at least {agent.min_replay_steps * num_envs}, "
+                f"the stored steps that {config.agent} needs before its first update"
+            )
+    make_replay = functools.partial(
+        store.init, num_envs, math.ceil(capacity / num_envs), spec.image_shape, spec.num_actions
+    )
+    shapes, replay_shapes = RunState.shapes(agent, spec, num_envs), jax.eval_shape(make_replay)
+    check_memory({"replay": tree_bytes(replay_shapes), "agent": tree_bytes(shapes.agent)}, jax.devices()[0])
+    snapshot = run.checkpointer.restore(shapes, replay_shapes)
+    if snapshot is not None:
+        _resume(run, snapshot)
+        if not run.finished:
+            run.programs = _compile(run, shapes, replay_shapes)
+        return
+    run.counters, run.stored = Counters(), 0
+    RunDirectory(run.directory).write_config(config.to_dict())  # nothing refuses the run from here on
+    run.log = Log(run.directory, run.progress, config.train.tensorboard)
+    try:
+        step = run.env.reset()
+    except RuntimeError as error:
+        raise UserError(f"cannot start {config.game}: {error}") from error
+    # Loading a program and touching gigabytes leave Python free for tracing.
+    with ThreadPoolExecutor(1) as beside:
+        state = beside.submit(RunState.begin, agent, spec, config.seed, step)
+        replay = beside.submit(jax.jit(make_replay))
+        run.programs = _compile(run, shapes, replay_shapes)
+        run.state, run.replay = state.result(), replay.result()
+    run.store(run.state.action, step)
+
+
+def _resume(run: "Run", snapshot: Snapshot) -> None:
+    host = snapshot.host
+    run.state, run.replay = snapshot.state, snapshot.replay
+    try:  # it may come from a stranger
+        run.counters = Counters.from_host(host["counters"])
+        run.averages = {kind: Averages.from_host(sums) for kind, sums in host["averages"].items()}
+        offset, pending = int(host["metrics_offset"]), list(map(str, host["metrics_pending"]))
+        if offset < 0:
+            raise ValueError(f"metrics_offset {offset}")
+        run.env.set_state(snapshot.env)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise UserError(f"cannot resume {run.directory}: {one_line(error)}") from error
+    run.saved_at = (run.counters.position, run.counters.updates)
+    RunDirectory(run.directory).write_config(run.config.to_dict())
+    run.progress.say(f"resuming {run.directory} at step {run.counters.env_steps:,}")
+    run.stored = int(run.replay.inserted)
+    if snapshot.lost:
+        run.note(
+            f"{snapshot.lost:,} of the {snapshot.lost + min(run.stored, run.replay.capacity):,} stored steps "
+            f"were damaged on disk: resumed without them at step {run.counters.env_steps:,}"
+        )
+    if changed := different_numerics(host.get("numerics"), run.config.precision):
+        run.note(f"resumed at step {run.counters.env_steps:,} with {changed}: not bit for bit")
+    run.log = Log(
+        run.directory,
+        run.progress,
+        run.config.train.tensorboard,
+        offset=offset,
+        pending=pending,
+        resumed_at=run.counters.env_steps,
+    )
+
+
+def _compile(run: "Run", state: RunState, replay: Replay) -> Programs:
+    """Starts compiling all that the loop calls, for state and replay of these shapes."""
+    key = key_for(run.config.seed, Purpose.INIT)
+    traced = trace_agent(run.agent, state, replay, key, bool(run.config.train.report_every))
+    for kind in (*(phase.name for phase in run.agent.pretraining), "update"):
+        metrics = traced[kind].out_info[2]
+        if run.averages.get(kind) is None or run.averages[kind].total.keys() != metrics.keys():
+            run.averages[kind] = Averages.empty(metrics)
+        traced[f"{kind} averages"] = trace(Averages.add, run.averages[kind], metrics, donate=(0,))
+    return Programs(traced, run.signals)
