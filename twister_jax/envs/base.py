@@ -79,7 +79,6 @@ class Step(NamedTuple):
 
 
 @runtime_checkable
-@runtime_checkable
 class Env(Protocol):
     """One environment.
 
@@ -120,7 +119,6 @@ class EnvStep(NamedTuple):
     episodes: tuple[Episode, ...]
 
 
-@runtime_checkable
 @runtime_checkable
 class VectorEnv(Protocol):
     """Environments stepped together, each with `Env`'s reset semantics."""

@@ -1,8 +1,7 @@
 """The compiled functions of a run, compiled in the background so that signals are answered meanwhile."""
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NotYet
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
@@ -53,13 +52,10 @@ class Programs:
         Raises:
           Interrupted: it was not compiled yet, and a signal came first.
         """
-        while True:
-            try:
-                return self._futures[name].result(timeout=0.1)
-            except NotYet:
-                if self._futures[name].done():
-                    raise
-                self._signals.check()
+        future = self._futures[name]
+        while not wait([future], timeout=0.1).done:
+            self._signals.check()
+        return future.result()
 
     def scratch_bytes(self, name: str) -> int:
         """Memory that the compiled function takes while it runs; 0 where the device does not say."""

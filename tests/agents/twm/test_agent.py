@@ -1,6 +1,7 @@
 """The whole agent at a small size: learning, acting, and what must not happen."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -152,7 +153,7 @@ def learned(filled):
     )
     twm = Recorded(algorithm, GREY, jnp.float32)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiled in half the time
     def run(replay, key):
         before = with_uniform_policy(twm.init(key))
         batch, _ = twm.sample(replay, key)
