@@ -10,10 +10,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # With an NVIDIA driver, JAX is installed with its CUDA libraries: CUDA 13 from driver 580 on, 12 before.
-DRIVER := $(shell sed -n 's/.*Kernel Module[^0-9]*\([0-9]*\).*/\1/p' /proc/driver/nvidia/version 2>/dev/null)
+DRIVER := $(shell sed -n 's/.*Kernel Module[^.]*[^0-9.]\([0-9]*\)\..*/\1/p' /proc/driver/nvidia/version 2>/dev/null)
 EXTRAS ?= dev$(if $(DRIVER),$(COMMA)$(shell test $(DRIVER) -ge 580 && echo cuda || echo cuda12))
 COMMA := ,
-# What is typed reaches the program through the environment, so that quotes, spaces and $$ are just characters.
+# What is typed reaches the program through the environment, so that quotes and spaces are just characters.
 export GAME AGENT PRESET SEED STEPS LOGDIR FILE
 PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3.13 python3 python,\
 	$(shell $(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
@@ -52,6 +52,8 @@ doctor: $(STAMP) ## check that this machine can run it all
 bench: $(STAMP) ## throughput and utilisation
 	@$(BIN)/python -m benchmarks $(ARGS)
 
+# Nearly all of their time is compilation, which optimising makes twice as long; the other suites optimise.
+test: export XLA_FLAGS := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
 test: $(STAMP) ## all tests but the long ones, in two processes
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not faults and not slow and not learning' $(ARGS)
 

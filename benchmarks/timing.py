@@ -40,7 +40,7 @@ class Clock:
     """Times a function that turns a carry into the next one, so that buffers may be donated.
 
     A sample is as many calls as fill `fill` seconds, enqueued without waiting in between as a real loop
-    would, and one wait at the end. Two calls warm up; the second tells how long a call takes.
+    would, and one wait at the end. Two calls warm up; the second shows how long a call takes.
     """
 
     def __init__(self, step: Callable[[Any], Any], carry: Any, fill: float):

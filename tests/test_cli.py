@@ -40,6 +40,8 @@ REFUSALS = [
     (["train", "--preset", "cpo"], "unknown preset 'cpo' (did you mean cpu?)"),
     (["train", "--train.steps", "abc"], "train.steps = abc: must be a whole number"),
     (["train", "--train.steps", "1.5"], "train.steps = 1.5: must be a whole number"),
+    (["train", "--train.steps", "1,5"], "train.steps = 1,5: must be a whole number"),
+    (["train", "--agent", "twm", "--actor", "512,512"], "model.actor = 512,512: must be a whole number"),
     (["train", "--train.steps"], "--train.steps takes one value, not nothing"),
     (["train", "--seed", "1", "2"], "--seed takes one value, not 1 2"),
     (["train", "--env.sticky-actions", "often"], "must be a number"),

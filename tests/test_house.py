@@ -1,6 +1,7 @@
 """How the house is kept: names stay in their rooms, files stay small, a third agent is one package."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,21 @@ def test_files_stay_readable(most, pattern):
         if (length := len(path.read_text().splitlines())) > most
     }
     assert not long
+
+
+@pytest.mark.parametrize(
+    ("version", "extra"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.129.03  Thu Oct 19", "cuda12"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release", "cuda"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for aarch64  575.57.08  Release", "cuda12"),
+    ],
+)
+def test_the_cuda_build_follows_the_driver(tmp_path, version, extra):
+    (tmp_path / "version").write_text(version + "\n")
+    makefile = (
+        (ROOT / "Makefile").read_text().replace("/proc/driver/nvidia/version", str(tmp_path / "version"))
+    )
+    (tmp_path / "Makefile").write_text(makefile + "\nshow:\n\t@echo $(EXTRAS)\n")
+    said = subprocess.run(["make", "-s", "show"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == f"dev,{extra}"

@@ -51,7 +51,7 @@ def test_a_third_agent_on_a_third_suite_is_killed_and_ends_as_if_undisturbed(tmp
     assert ours["protocol"]["episode"] == "6 steps"  # of the suite's preset
     assert ours["human_normalized"] == pytest.approx((np.mean(ours["scores"]) + 8) / 8)
     config = json.loads((killed / "config.json").read_text())
-    assert config["env"] == {"num_envs": 1, "episode_length": 6}
+    assert config["env"] == {"num_envs": 1, "episode_length": 6, "color": [60, 140, 250]}
 
 
 def test_it_is_evaluated_and_refused_like_any_other(tmp_path):
@@ -72,6 +72,10 @@ def test_it_is_evaluated_and_refused_like_any_other(tmp_path):
         (["--agent", "minimel"], "unknown agent 'minimel' (did you mean minimal?)"),
         (["--agent", "minimal", "--algorithm.warm-up", "-1"], "algorithm.warm_up = -1: must be between 0"),
         (["--agent", "minimal", "--game", "slider:easy", "--episode-length", "0"], "env.episode_length = 0"),
+        (
+            ["--agent", "minimal", "--game", "slider:easy", "--color", "9", "9", "300"],
+            "three numbers between",
+        ),
         (["--agent", "minimal", "--bad-from", "9", "--bad-until", "3"], "must not be below"),
         (["--agent", "twm", "--game", "slider:easy"], "discrete actions"),
         (["--agent", "minimal", "--game", "slider:hard"], "too hard for this machine"),

@@ -11,6 +11,7 @@ import difflib
 import functools
 import inspect
 import math
+import re
 import textwrap
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -83,7 +84,7 @@ FractionBelowOne = Annotated[float, Range(0, 1, open_high=True)]
 Widths = Annotated[tuple[int, ...], _LayerWidths()]
 
 CHANGEABLE = "changeable"
-"""Marks a field that a resumed run may have otherwise than when it began."""
+"""Marks a field that may differ when a run is resumed."""
 
 
 # ------------------------------------------------------------------------------------------ names, values
@@ -340,7 +341,7 @@ def _from_text(name: str, value: str, kind: Any) -> Any:
         if kind is bool:
             return _TRUTH[value.lower()]
         if kind is int:
-            digits = value.replace(",", "").replace("_", "")
+            digits = value.replace(",", "") if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+", value) else value
             if digits.lstrip("+-").isdecimal():
                 return int(digits[:40])
             number = float(digits)

@@ -1,4 +1,4 @@
-"""Files that survive a power cut, are checked before they are believed, and may come from a stranger.
+"""Files that survive a power cut, are checked before they are trusted, and may come from a stranger.
 
 Run directories are passed from hand to hand, so a path in one says nothing about what lies behind it: no file
 is opened through a symbolic link, and nothing but regular files is opened. The directory of a run itself, and
@@ -39,7 +39,7 @@ class UnusableError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Checksum:
-    """What a file must be to be believed."""
+    """What a file must be to be trusted."""
 
     size: int
     crc32: int

@@ -53,8 +53,8 @@ def make_config(
         algorithm=chosen.algorithm,
     )
     of_suite = {field.name for field in dataclasses.fields(suite.settings)}
-    heeded = {f"env.{name}": value for name, value in chosen.env.items() if name in of_suite}
-    for settings in (chosen.shared, suite.presets.get(preset, {}), heeded, chosen.suites.get(suite.name, {})):
+    of_env = {f"env.{name}": value for name, value in chosen.env.items() if name in of_suite}
+    for settings in (chosen.shared, suite.presets.get(preset, {}), of_env, chosen.suites.get(suite.name, {})):
         config = fields.replace(config, settings)
     return fields.replace(config, overrides)
 
@@ -72,12 +72,12 @@ def complete(config: Config) -> Config:
 def differences_from_paper(config: Config) -> str:
     """One line for people: what differs from the published settings, with those in brackets."""
     published = dataclasses.replace(make_config(config.agent, "paper", config.game), precision="float32")
-    told = [
+    changed = [
         f"{name} {show(new)} ({show(old)})"
         for name, (new, old) in fields.differences(config, published).items()
         if name not in ("game", "agent", "preset", "seed", "logdir") and (name, new) != ("precision", AUTO)
     ]
-    return "differs from paper: " + ", ".join(told) if told else "settings: as published (paper)"
+    return "differs from paper: " + ", ".join(changed) if changed else "settings: as published (paper)"
 
 
 # ------------------------------------------------------------------------------------------- config.json

@@ -59,10 +59,10 @@ def cache_directory(backend: str) -> Path:
     """
     chosen = os.environ.get("TWISTER_JAX_CACHE")
     cache = Path(chosen) if chosen else Path("~/.cache/twister_jax/xla").expanduser()
-    return cache / f"{backend}-{_processor()}"
+    return cache / f"{backend}-{processor()}"
 
 
-def _processor() -> str:
+def processor() -> str:
     """A short name for what this processor can do."""
     import hashlib
     import platform

@@ -11,18 +11,31 @@ from twister_jax.errors import UserError
 from twister_jax.fields import Range
 
 
+class Color:
+    """A range of a setting's own."""
+
+    def __contains__(self, color: tuple[int, int, int]) -> bool:
+        return min(color) >= 0 and max(color) <= 255
+
+    def __str__(self) -> str:
+        return "three numbers between 0 and 255"
+
+
 @dataclasses.dataclass(frozen=True)
 class SliderConfig(EnvConfig):
     """A bar that slides."""
 
     episode_length: Annotated[int, Range(1, 1_000)] = 8
     """Steps of an episode, which the time limit ends."""
+    color: Annotated[tuple[int, int, int], Color()] = (60, 140, 250)
+    """Red, green and blue of the bar."""
 
 
 class SliderEnv:
     spec = EnvSpec((IMAGE_SIZE, IMAGE_SIZE, 3), num_actions=1, discrete=False, action_names=("push",))
 
-    def __init__(self, seed: int, length: int):
+    def __init__(self, seed: int, length: int, color: tuple[int, int, int]):
+        self._color = color
         self._rng = np.random.default_rng(seed)
         self._length, self._step, self._at, self._light, self._score = length, length, 0.0, 0.0, 0.0
 
@@ -55,7 +68,7 @@ class SliderEnv:
 
     def _image(self) -> np.ndarray:
         image = np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-        image[48:, self._column(self._at)] = (60, 140, 250)
+        image[48:, self._column(self._at)] = self._color
         image[:16, self._column(self._light)] = (250, 220, 60)
         return image
 
@@ -80,7 +93,7 @@ class SliderSuite(Suite):
     def make(self, name: str, settings: SliderConfig, seed: int, *, evaluation: bool = False) -> SliderEnv:
         if name == "hard":
             raise UserError("slider:hard is too hard for this machine: play slider:easy")
-        return SliderEnv(seed, settings.episode_length)
+        return SliderEnv(seed, settings.episode_length, settings.color)
 
     def protocol(self, name: str, settings: SliderConfig) -> dict[str, Any]:
         return {"frame_skip": 1, "episode": f"{settings.episode_length} steps"}

@@ -56,8 +56,9 @@ def rows_of(directory):
 
 def final_state(directory):
     loaded = load_run(directory)
-    loaded.counters.pop("wall_seconds")
-    return jax.device_get(loaded.state), loaded.counters
+    counters = dataclasses.asdict(loaded.counters)
+    del counters["wall_seconds"]
+    return jax.device_get(loaded.state), counters
 
 
 def assert_same_run(one, other):
@@ -212,8 +213,8 @@ def test_a_signal_is_answered_between_two_updates(tmp_path, undisturbed, after, 
     monkeypatch.setattr(loop, "update", counted)
     assert train(config) == 143
     loaded = load_run(tmp_path)
-    assert loaded.counters["updates"] == after
-    assert loaded.counters["acted"]
+    assert loaded.counters.updates == after
+    assert loaded.counters.acted
     assert train(config) == 0
     assert_same_run(tmp_path, undisturbed)
 
@@ -323,10 +324,10 @@ def test_a_run_goes_on_without_stored_steps_that_are_damaged(tmp_path, damaged, 
     assert train(config_of(tmp_path, 120)) == 0
     assert "stored steps were damaged on disk: resumed without them at step 80" in capsys.readouterr().out
     loaded = load_run(tmp_path)
-    assert loaded.counters["env_steps"] == 120
+    assert loaded.counters.env_steps == 120
     assert int(loaded.state["updates"]) > int(state["updates"]) + 10
     (note,) = json.loads((tmp_path / "evaluation.json").read_text())["protocol"]["notes"]
-    assert note == loaded.counters["notes"][0]
+    assert note == loaded.counters.notes[0]
     assert train(config_of(tmp_path, 130)) == 0  # what was saved since is sound
 
 
@@ -339,9 +340,9 @@ def test_a_run_whose_replay_was_lost_learns_again_when_it_can(tmp_path):
         damage(path)
     assert train(config_of(tmp_path, 100, **NO_PHASES)) == 0
     after = load_run(tmp_path).counters
-    lost = after["filled_at"] - before["filled_at"]
+    lost = after.filled_at - before.filled_at
     assert 0 < lost <= WINDOW
-    assert after["updates"] - before["updates"] == pytest.approx(0.7 * (20 - lost), abs=1)
+    assert after.updates - before.updates == pytest.approx(0.7 * (20 - lost), abs=1)
 
 
 def test_a_resumption_that_cannot_be_exact_says_so(tmp_path, monkeypatch, capsys):
@@ -350,7 +351,7 @@ def test_a_resumption_that_cannot_be_exact_says_so(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores | {1000})
     capsys.readouterr()
     assert train(config_of(tmp_path, 80)) == 0
-    (note,) = load_run(tmp_path).counters["notes"]
+    (note,) = load_run(tmp_path).counters.notes
     assert note in capsys.readouterr().out
     assert f"threads {len(cores) + 1} (was {len(cores)}): not bit for bit" in note
 

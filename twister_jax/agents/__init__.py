@@ -34,7 +34,7 @@ class Preset:
     shared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Other values of settings that all runs share, by dotted name."""
     env: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Settings of environments, by name; heeded by the suites that have them."""
+    """Settings of environments, by name; a suite that lacks one ignores it."""
     suites: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     """Suite -> what the preset has otherwise there, by dotted name."""
 

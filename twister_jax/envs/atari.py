@@ -94,7 +94,7 @@ class AtariEnv:
     plays one no-op step and goes on with the same game, and the score is still reported at game over.
 
     Args:
-      game: its name, rightly spelled.
+      game: its name, as `AtariSuite.resolve` returns it.
       seed: decides everything random: the emulator's seed, the number of no-ops, sticky actions.
       frame_skip: emulator frames per agent step. The image is the pixel-wise maximum of the last two; of
         a game that ends earlier within a step, its last frame.
@@ -370,7 +370,7 @@ class AtariSuite(Suite):
 
 
 def rom_path(game: str) -> Path:
-    """The ROM of a game, rightly spelled.
+    """The ROM of a game, named as `AtariSuite.resolve` returns it.
 
     Raises:
       UserError: the game has no ROM in ale-py's wheel.

@@ -6,6 +6,7 @@ a `Suite` and a line in the registry (`envs/__init__.py`).
 
 import abc
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -183,7 +184,7 @@ class Suite(abc.ABC):
         """One environment.
 
         Args:
-          name: rightly spelled.
+          name: as `resolve` returns it.
           settings: of this suite's class.
           seed: decides everything random in it.
           evaluation: whether games are played to be counted; the protocol may differ from training's.
@@ -198,7 +199,8 @@ class Suite(abc.ABC):
 
     def identity(self, name: str, settings: Any) -> dict[str, Any]:
         """What must agree between a saved state and the environments that take it up, as JSON keeps it."""
-        return {name: value for name, value in dataclasses.asdict(settings).items() if name != "num_envs"}
+        values = json.loads(json.dumps(dataclasses.asdict(settings)))
+        return {name: value for name, value in values.items() if name != "num_envs"}
 
     def for_probe(self, settings: Any) -> Any:
         """Settings under which an episode ends within a probe's few steps, if that is possible."""
@@ -212,7 +214,7 @@ class Suite(abc.ABC):
         """(score − random) / (human − random), so 1.0 is the human reference; None where there is none.
 
         Args:
-          name: rightly spelled.
+          name: as `resolve` returns it.
           score: raw score of a full game, or a mean of several.
         """
         reference = self.reference_scores(name)

@@ -168,7 +168,7 @@ class SerialVectorEnv:
         return step
 
     def _recover(self, index: int, error: Exception) -> Step:
-        """Builds an environment anew, until one can be reset or the patience ends."""
+        """Rebuilds an environment, until one can be reset or it has failed too often."""
         health = self._health[index]
         while True:
             health.failures += 1

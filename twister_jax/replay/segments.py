@@ -199,12 +199,16 @@ def check(directory: Path, segments: Sequence[Segment], layout: Layout) -> None:
 def newest_sound(
     directory: Path, segments: Sequence[Segment], layout: Layout
 ) -> tuple[Layout, tuple[Segment, ...]]:
-    """What is left where segments are damaged: the steps after the last such one, counted from 0 anew."""
+    """What is left where segments are damaged: the steps after the last such one, counted from 0 anew.
+
+    Raises:
+      OSError: one cannot be read, which is no proof of damage.
+    """
     kept: list[Segment] = []
     for segment in reversed(segments):
         try:
             check(directory, [segment], layout)
-        except (UnusableError, OSError):
+        except UnusableError:  # an error of the disk may pass, and is raised
             break
         kept.insert(0, segment)
     shift = kept[0].start if kept else layout.inserted

@@ -1,4 +1,4 @@
-"""Checkpoints: complete or invisible, cheap to write, checked before they are believed.
+"""Checkpoints: complete or invisible, cheap to write, checked before they are trusted.
 
     checkpoints/
       000005000-0/        step 5000; a second save at the same step is 000005000-1
@@ -14,8 +14,8 @@ A save writes the segments that are not on disk yet, then everything else into a
 makes it visible with one rename. Only then is anything deleted, so that a kill at any instant leaves the
 newest complete checkpoint as it was.
 
-The directory may come from a stranger: nothing is opened through a symbolic link, and what does not bear one
-of the names above, in full, is neither opened nor deleted.
+The directory may come from a stranger: nothing is opened through a symbolic link, and what has none of the
+names above is neither opened nor deleted.
 """
 
 import concurrent.futures
@@ -222,7 +222,7 @@ class Checkpointer:
     # Looking at the directory
 
     def _paths(self, name: re.Pattern[str]) -> list[Path]:
-        """What bears such a name; nothing where the directory is not there."""
+        """What has such a name; nothing where the directory is missing."""
         for path in (self.directory, self._replay):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 files.check_directory(path)
@@ -307,7 +307,7 @@ class Checkpointer:
             draft.rows = None
 
     def _abandon(self, draft: _Draft) -> None:
-        """Gives back the space, which may be what was lacking; what stays, the next save removes.
+        """Frees the space, which may be what was lacking; the next save removes what is left.
 
         Orbax raises while threads of it still write, and they make directories that are missing: an empty
         file takes the place of the draft's, so that nothing can come back.

@@ -163,7 +163,7 @@ def protocol(config: Config, episodes: list[Episode], trained: Mapping[str, int]
         "actions": "sampled from the policy" if evaluation.sample_actions else "mode of the policy",
         "environments": len(games_per_env(evaluation.episodes, evaluation.num_envs)),
         "games_per_environment": "fixed beforehand",
-        "checkpoint": f"the newest, at agent step {trained['env_steps']}, not chosen by score",
+        "checkpoint": f"at agent step {trained['env_steps']}, not chosen by score",
         "latents": "sampled where the agent's paper samples them",
         "prefill_steps": config.train.prefill_steps,
         "updates_per_step": config.train.updates_per_step,
@@ -177,7 +177,8 @@ def protocol(config: Config, episodes: list[Episode], trained: Mapping[str, int]
 
 def _settings(config: Config) -> dict[str, Any]:
     """Whatever decides how games are played."""
-    return {"evaluation": dataclasses.asdict(config.evaluation), "env": dataclasses.asdict(config.env)}
+    settings = {"evaluation": dataclasses.asdict(config.evaluation), "env": dataclasses.asdict(config.env)}
+    return json.loads(json.dumps(settings))
 
 
 def is_current(path: Path, config: Config, trained: Mapping[str, int]) -> bool:
@@ -199,7 +200,7 @@ def evaluate_directory(directory: str, step: int | None, overrides: Mapping[str,
     """
     progress = Progress()
     loaded = load_run(directory, step, **overrides)
-    trained = {name: loaded.counters[name] for name in ("env_steps", "updates")}
+    trained = {name: getattr(loaded.counters, name) for name in ("env_steps", "updates")}
     progress.say(f"evaluating {directory} at step {trained['env_steps']:,}")
     with Signals() as signals:
         try:
@@ -211,7 +212,7 @@ def evaluate_directory(directory: str, step: int | None, overrides: Mapping[str,
                 trained,
                 progress,
                 signals,
-                loaded.counters["notes"],
+                loaded.counters.notes,
             )
         except Interrupted:
             progress.say(f"{signals.name}: stopped; nothing was written")

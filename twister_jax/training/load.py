@@ -11,7 +11,7 @@ from twister_jax.envs.base import EnvSpec
 from twister_jax.errors import UserError
 from twister_jax.fields import replace
 from twister_jax.training.checkpoint import Checkpointer
-from twister_jax.training.state import MakeAgent, RunState
+from twister_jax.training.state import Counters, MakeAgent, RunState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,14 +23,14 @@ class LoadedRun:
       spec: what its environments give and take.
       agent: its functions.
       state: what it learned.
-      counters: where it stood; see `training.state.Counters`.
+      counters: where it stood.
     """
 
     config: Config
     spec: EnvSpec
     agent: Agent
     state: State
-    counters: dict[str, Any]
+    counters: Counters
 
 
 def load_run(
@@ -60,7 +60,11 @@ def load_run(
         return RunState.shapes(found["agent"], found["spec"], config.env.num_envs)
 
     state, host = Checkpointer(Path(directory) / "checkpoints").load_state(state_like, step)
-    return LoadedRun(config, found["spec"], found["agent"], state.agent, host["counters"])
+    try:
+        counters = Counters.from_host(host["counters"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{directory} does not say where the run stood ({error}): it is damaged") from None
+    return LoadedRun(config, found["spec"], found["agent"], state.agent, counters)
 
 
 def _spec(stored: Any, directory: str | Path) -> EnvSpec:

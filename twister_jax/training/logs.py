@@ -82,7 +82,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, offset: int = 0, pending: list[str] | None = None):
-        """Goes on after the first `offset` bytes; what lies behind them belongs to a lost future."""
+        """Goes on after the first `offset` bytes; what follows is newer than the checkpoint."""
         self.path = path
         self.offset = offset
         self.pending = list(pending or [])

@@ -1,4 +1,4 @@
-"""manifest.json: what a checkpoint holds, and what each of its files must be to be believed.
+"""manifest.json: what a checkpoint holds, and what each of its files must be to be trusted.
 
 A checksum finds damage but no ill will, since anyone can compute it: the type and range of every field are
 checked too.

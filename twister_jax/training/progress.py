@@ -54,7 +54,7 @@ class Progress:
             self._live = False
 
     def close(self) -> None:
-        """Gives the terminal back."""
+        """Releases the terminal."""
         status, self._status = self._status, None
         if status is not None:
             try:

@@ -7,6 +7,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from twister_jax.runtime import processor
+
 PACKAGES = ("twister_jax", "jax", "jaxlib", "flax", "optax", "numpy", "ale-py")
 
 
@@ -53,6 +55,7 @@ def numerics(precision: str) -> dict[str, Any]:
     return {
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
+        "processor": processor() if on_cpu else None,
         "threads": cores if on_cpu else None,  # products are summed in as many pieces
         "precision": precision,
         "generator": str(jax.config.values["jax_default_prng_impl"]),

@@ -1,6 +1,6 @@
-"""A run: where it stands, what it tells, and how it is saved.
+"""A run: where it stands, what it reports, and how it is saved.
 
-`start` is how it begins or resumes, `loop` is how it gets on.
+`start` is how it begins or resumes, `loop` is what it repeats.
 """
 
 import contextlib
@@ -141,11 +141,11 @@ class Run:
             self._pace.clear()
         program = self.programs[name]
         if not self._fits:
-            # Before anything runs: what an update leaves with the process cannot be told from what is gone.
+            # Before anything runs: what the process keeps after an update would count as memory in use.
             updates = ("update", *(phase.name for phase in self.agent.pretraining))
-            if scratch := {kind: self.programs.scratch_bytes(kind) for kind in updates}:
-                largest = max(scratch, key=scratch.__getitem__)
-                check_memory({f"running {largest}": scratch[largest]}, jax.devices()[0])
+            scratch = {kind: self.programs.scratch_bytes(kind) for kind in updates}
+            largest = max(scratch, key=scratch.__getitem__)
+            check_memory({f"running {largest}": scratch[largest]}, jax.devices()[0])
             self._fits = True
         return program
 
@@ -176,7 +176,7 @@ class Run:
             self.progress.update(self.progress_line())
         self.signals.check()
 
-    # ----------------------------------------------------------------------------------------- what it tells
+    # --------------------------------------------------------------------------------------- what it reports
 
     def write_row(self, kind: str, phase: dict[str, Any] | None = None) -> None:
         """Waits for the device, writes a row of metrics.jsonl, and stops a run that diverged."""

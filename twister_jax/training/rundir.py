@@ -35,7 +35,7 @@ class RunDirectory:
     def __enter__(self) -> "RunDirectory":
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            # Permissions do not tell: a file system may be read-only, or full.
+            # Permissions do not say: a file system may be read-only, or full.
             with tempfile.TemporaryFile(dir=self.path) as probe:
                 probe.write(b"0")
                 probe.flush()
@@ -100,20 +100,20 @@ class RunDirectory:
             if _show(there, name) != _show(here, name) and not _covered(name, changeable)
         ]
         # Of another agent or game everything differs, and of another version names do.
-        telling = [name for name in ("agent", "game", "preset") if name in differing] or differing
-        if here.keys() != there.keys() and telling is differing and differing:
+        decisive = [name for name in ("agent", "game", "preset") if name in differing] or differing
+        if here.keys() != there.keys() and decisive is differing and differing:
             raise UserError(
                 f"{self.path} holds a run of another version of twister_jax ({_printable(differing[0])} is "
                 f"{_show(there, differing[0])} there, {_show(here, differing[0])} here)"[:400]
                 + ": go on with that version, or name another LOGDIR"
             )
         if differing:
-            told = "; ".join(
+            listed = "; ".join(
                 f"{_printable(name)} is {_show(there, name)} there, {_show(here, name)} here"[:300]
-                for name in telling
+                for name in decisive
             )
             raise UserError(
-                f"{self.path} holds another run: {told}: use the stored values, or name another LOGDIR"
+                f"{self.path} holds another run: {listed}: use the stored values, or name another LOGDIR"
             )
 
     def write_config(self, config: dict[str, Any]) -> None:

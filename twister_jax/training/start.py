@@ -57,6 +57,7 @@ def start_or_resume(run: "Run") -> None:
         step = run.env.reset()
     except RuntimeError as error:
         raise UserError(f"cannot start {config.game}: {error}") from error
+    run.progress.update("starting; programs that are not in the cache take a minute or two to compile")
     # Loading a program and touching gigabytes leave Python free for tracing.
     with ThreadPoolExecutor(1) as beside:
         state = beside.submit(RunState.begin, agent, spec, config.seed, step)
@@ -87,7 +88,7 @@ def _resume(run: "Run", snapshot: Snapshot) -> None:
             f"{snapshot.lost:,} of the {snapshot.lost + min(run.stored, run.replay.capacity):,} stored steps "
             f"were damaged on disk: resumed without them at step {run.counters.env_steps:,}"
         )
-    if changed := different_numerics(host.get("numerics"), run.config.precision):
+    if not run.finished and (changed := different_numerics(host.get("numerics"), run.config.precision)):
         run.note(f"resumed at step {run.counters.env_steps:,} with {changed}: not bit for bit")
     run.log = Log(
         run.directory,

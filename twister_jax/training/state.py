@@ -99,7 +99,9 @@ class Counters:
         counts = ("iterations", "env_steps", "updates", "pretraining_updates", "filled_at")
         for name in counts:
             value = getattr(counters, name)
-            if not (name == "filled_at" and value is None) and (type(value) is not int or value < 0):
+            if not (name == "filled_at" and value is None) and (
+                type(value) is not int or not 0 <= value < 2**31
+            ):
                 raise ValueError(f"counters.{name} = {str(value)[:40]}")
         counters.episodes = [(float(score), int(length)) for score, length in counters.episodes]
         counters.recent_scores = [float(score) for score in counters.recent_scores]
@@ -109,7 +111,7 @@ class Counters:
 
     @property
     def position(self) -> int:
-        """Names checkpoints: it grows whenever the run gets on."""
+        """Names checkpoints: it grows whenever the run makes progress."""
         return self.env_steps + self.pretraining_updates
 
     def add(self, step: EnvStep) -> None:
