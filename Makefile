@@ -52,8 +52,6 @@ doctor: $(STAMP) ## check that this machine can run it all
 bench: $(STAMP) ## throughput and utilisation
 	@$(BIN)/python -m benchmarks $(ARGS)
 
-# Nearly all of their time is compilation, which optimising makes twice as long; the other suites optimise.
-test: export XLA_FLAGS := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
 test: $(STAMP) ## all tests but the long ones, in two processes
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not faults and not slow and not learning' $(ARGS)
 
