@@ -6,10 +6,12 @@ import dataclasses
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from twister_jax import agents, cli, envs, presets
 from twister_jax.config import Config
-from twister_jax.fields import OneLineParser, did_you_mean, replace
+from twister_jax.errors import UserError
+from twister_jax.fields import did_you_mean, replace
 
 SECTIONS = (
     "peak",
@@ -105,8 +107,15 @@ def _may_be_written(path: Path) -> bool:
         return False
 
 
+class _OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as the rest of the program does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(
+    parser = _OneLineParser(
         prog="python -m benchmarks",
         description="How fast training is on this machine, and how close to its matrix products: one table.",
         allow_abbrev=False,

@@ -15,7 +15,7 @@ import re
 import textwrap
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from twister_jax.errors import UserError
 
@@ -75,6 +75,7 @@ MOST = 10**9
 """Of anything that is counted: beyond it lie typing errors, and numbers that 32 bits do not hold."""
 
 PositiveInt = Annotated[int, Range(1, MOST)]
+AtLeastTwo = Annotated[int, Range(2, MOST)]
 NonNegativeInt = Annotated[int, Range(0, MOST)]
 Positive = Annotated[float, Range(0, open_low=True)]
 NonNegative = Annotated[float, Range(0)]
@@ -328,8 +329,14 @@ def _from_texts(name: str, values: list[str], kind: Any, program: str) -> Any:
         given = " ".join(values) or "nothing"
         count = "one value" if len(kinds) == 1 else f"{len(kinds)} values"
         raise UserError(f"--{name} takes {count}, not {given}; see {program} --help")
+    several = typing.get_origin(kind) is tuple
+    for value in values if several else ():
+        if "," in value:  # a list, not thousands
+            raise UserError(
+                f"{name} = {value[:40]}: must be {_KINDS[kinds[0]]}; blanks stand between several"
+            )
     converted = tuple(_from_text(name, value, of) for value, of in zip(values, kinds, strict=True))
-    return converted if typing.get_origin(kind) is tuple else converted[0]
+    return converted if several else converted[0]
 
 
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -381,10 +388,3 @@ def _metavar(kind: Any) -> str:
     if typing.get_origin(kind) is tuple:
         return " ".join(_metavar(of) if of is not Ellipsis else "..." for of in typing.get_args(kind))
     return {int: "INT", float: "FLOAT", bool: "True|False"}.get(kind, "TEXT")
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as the rest of the program does."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")

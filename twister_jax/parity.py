@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from twister_jax import agents
 from twister_jax.agents.fixtures import Fixture, Row, published_weights
 from twister_jax.errors import UserError
+from twister_jax.files import one_line
 
 
 def load(path: Path) -> tuple[dict[str, Any], Fixture]:
@@ -55,8 +56,7 @@ def check(path: Path, dtype: DTypeLike = np.float32) -> list[Row]:
     except KeyError as error:
         raise UserError(f"{path} is an incomplete fixture: it lacks {error}") from None
     except (TypeError, ValueError, AssertionError, IndexError, AttributeError, ZeroDivisionError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{path} is a broken fixture: {reason or type(error).__name__}") from error
+        raise UserError(f"{path} is a broken fixture: {one_line(error)}") from error
 
 
 def main(path: Path) -> int:

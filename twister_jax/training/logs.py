@@ -175,8 +175,7 @@ class Log:
         self.file = MetricsFile(directory / "metrics.jsonl", offset, pending)
         self._progress = progress
         self._tensorboard: TensorBoard | None = None
-        if error := self.file.flush():
-            progress.say(f"metrics.jsonl could not be written ({error}); its rows are kept for the next try")
+        self._say_if_failed(self.file.flush())
         if tensorboard:
             try:
                 self._tensorboard = TensorBoard(directory, resumed_at)
@@ -185,7 +184,10 @@ class Log:
 
     def row(self, row: Mapping[str, Any]) -> None:
         """A row of metrics.jsonl."""
-        if error := self.file.write(row):
+        self._say_if_failed(self.file.write(row))
+
+    def _say_if_failed(self, error: OSError | None) -> None:
+        if error:
             self._progress.say(
                 f"metrics.jsonl could not be written ({error}); its rows are kept for the next try"
             )

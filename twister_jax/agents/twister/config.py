@@ -7,6 +7,7 @@ from typing import Annotated
 from twister_jax.agents import Preset
 from twister_jax.config import AlgorithmConfig, Config, OptimizerConfig, too_few_steps
 from twister_jax.fields import (
+    AtLeastTwo,
     Fraction,
     FractionBelowOne,
     Increasing,
@@ -15,8 +16,6 @@ from twister_jax.fields import (
     PositiveInt,
     Range,
 )
-
-AtLeastTwo = Annotated[int, Range(2, 10**9)]
 
 
 @dataclasses.dataclass(frozen=True)

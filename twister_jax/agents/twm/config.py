@@ -2,23 +2,19 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Annotated
 
 from twister_jax.agents import Preset
 from twister_jax.config import AlgorithmConfig, Config, OptimizerConfig, too_few_steps
 from twister_jax.fields import (
-    MOST,
+    AtLeastTwo,
     Fraction,
     FractionBelowOne,
     NonNegative,
     NonNegativeInt,
     Positive,
     PositiveInt,
-    Range,
     Widths,
 )
-
-AtLeastTwo = Annotated[int, Range(2, MOST)]
 
 
 @dataclasses.dataclass(frozen=True)
