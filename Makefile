@@ -11,8 +11,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # With an NVIDIA driver, JAX is installed with its CUDA libraries: CUDA 13 from driver 580 on, 12 before.
 DRIVER := $(shell sed -n 's/.*Kernel Module[^.]*[^0-9.]\([0-9]*\)\..*/\1/p' /proc/driver/nvidia/version 2>/dev/null)
-EXTRAS ?= dev$(if $(DRIVER),$(COMMA)$(shell test $(DRIVER) -ge 580 && echo cuda || echo cuda12))
-COMMA := ,
+EXTRAS ?= $(if $(DRIVER),$(shell test $(DRIVER) -ge 580 && echo cuda || echo cuda12))
+# An environment suite that needs packages of its own has an extra of its name: dmc:walker_walk, gym:CartPole-v1.
+SUITE_EXTRA := $(filter dmc gym,$(firstword $(subst :, ,$(GAME))))
 # What is typed reaches the program through the environment, so that quotes and spaces are just characters.
 export GAME AGENT PRESET SEED STEPS LOGDIR FILE
 PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3.13 python3 python,\
@@ -27,16 +28,22 @@ help: ## this list
 	@echo
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
 
-install: $(STAMP) ## create .venv and install everything there
+install: $(STAMP) ## create .venv and install there what training needs
+
+# The tools of developers, and optional packages: .installed-dev, .installed-dmc, ...
+$(STAMP)-%: $(STAMP)
+	@echo "installing '$*' into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@touch $@
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install it, or name it with PYTHON=/path/to/python" >&2; exit 2; }
 	@test -x $(BIN)/python || { echo "creating $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing into $(VENV)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.$(EXTRAS:%=[%])'
 	@touch $@
 
-train: $(STAMP) ## train, or go on with the run in LOGDIR
+train: $(STAMP) $(SUITE_EXTRA:%=$(STAMP)-%) ## train, or go on with the run in LOGDIR
 	@$(BIN)/python -m twister_jax train --game "$$GAME" --agent "$$AGENT" --preset "$$PRESET" --seed "$$SEED" \
 		$${STEPS:+--train.steps "$$STEPS"} $${LOGDIR:+--logdir "$$LOGDIR"} $(ARGS)
 
@@ -52,28 +59,28 @@ doctor: $(STAMP) ## check that this machine can run it all
 bench: $(STAMP) ## throughput and utilisation
 	@$(BIN)/python -m benchmarks $(ARGS)
 
-test: $(STAMP) ## all tests but the long ones, in two processes
+test: $(STAMP)-dev ## all tests but the long ones, in two processes
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not faults and not slow and not learning' $(ARGS)
 
-test-slow: $(STAMP) ## what takes a compilation of its own: TWM killed and resumed, all benchmarks, ...
+test-slow: $(STAMP)-dev ## what takes a compilation of its own: TWM killed and resumed, all benchmarks, ...
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(ARGS)
 
-test-learning: $(STAMP) ## both agents learn Catch, in float32 and bfloat16
+test-learning: $(STAMP)-dev ## both agents learn Catch, in float32 and bfloat16
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m learning $(ARGS)
 
-test-faults: $(STAMP) ## the long campaign: kills, damaged files, full disks
+test-faults: $(STAMP)-dev ## the long campaign: kills, damaged files, full disks
 	@$(BIN)/python -m pytest -m faults $(ARGS)
 
-lint: $(STAMP) ## style, and that imports point downwards
+lint: $(STAMP)-dev ## style, and that imports point downwards
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/lint-imports
 
-format: $(STAMP) ## fix the style
+format: $(STAMP)-dev ## fix the style
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-types: $(STAMP) ## static types
+types: $(STAMP)-dev ## static types
 	@$(BIN)/mypy
 
 clean: ## remove .venv and caches; runs are kept
