@@ -5,6 +5,7 @@ GAME ?= Breakout
 AGENT ?= twister
 PRESET ?= auto
 SEED ?= 0
+SUITE ?= smoke
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,16 +16,17 @@ EXTRAS ?= $(if $(DRIVER),$(shell test $(DRIVER) -ge 580 && echo cuda || echo cud
 # An environment suite that needs packages of its own has an extra of its name: dmc:walker_walk, gym:CartPole-v1.
 SUITE_EXTRA := $(filter dmc gym,$(firstword $(subst :, ,$(GAME))))
 # What is typed reaches the program through the environment, so that quotes and spaces are just characters.
-export GAME AGENT PRESET SEED STEPS LOGDIR FILE
+export GAME AGENT PRESET SEED STEPS LOGDIR FILE SUITE GAMES SEEDS
 PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3.13 python3 python,\
 	$(shell $(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
 
 .DEFAULT_GOAL := help
-.PHONY: help install train evaluate parity doctor bench test test-slow test-learning test-faults lint format types clean
+.PHONY: help install train evaluate parity doctor bench suite test test-slow test-learning test-faults lint format types clean
 
 help: ## this list
 	@echo "make train GAME=Breakout [AGENT=twister|twm] [SEED=0] [STEPS=100000] [PRESET=auto|paper|cpu|debug]"
 	@echo "           [LOGDIR=runs/...] [ARGS='--field value ...']   (all fields: make train ARGS=--help)"
+	@echo "make suite SUITE=smoke [GAMES='Pong Breakout'] [SEEDS='0 1'] [ARGS='--launcher ray ...']"
 	@echo
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
 
@@ -58,6 +60,9 @@ doctor: $(STAMP) ## check that this machine can run it all
 
 bench: $(STAMP) ## throughput and utilisation
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+suite: $(STAMP) $(addprefix $(STAMP)-,$(filter ray slurm,$(ARGS)) $(filter dmc,$(SUITE))) ## many games and seeds, SUITE=smoke; again, it goes on
+	@$(BIN)/python -m experiments run "$$SUITE" $${GAMES:+--games $$GAMES} $${SEEDS:+--seeds $$SEEDS} $(ARGS)
 
 test: $(STAMP)-dev ## all tests but the long ones, in two processes
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not faults and not slow and not learning' $(ARGS)

@@ -9,7 +9,9 @@ import pytest
 from twister_jax import agents, envs
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted([*(ROOT / "twister_jax").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
+SOURCES = sorted(
+    path for folder in ("twister_jax", "benchmarks", "experiments") for path in (ROOT / folder).rglob("*.py")
+)
 REGISTRIES = {ROOT / "twister_jax/agents/__init__.py", ROOT / "twister_jax/envs/__init__.py"}
 AGENT_NAMES = ("twister", "twm")
 SUITE_NAMES = ("atari", "catch")

@@ -1,0 +1,54 @@
+"""Where runs are trained: on this machine, on a Ray cluster, or by SLURM."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from experiments.job import Job
+from experiments.suite import Plan
+
+LAUNCHERS = ("local", "ray", "slurm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What launchers are told.
+
+    Attributes:
+      per_device: runs on a device at the same time.
+      attempts: how often a run that fails is tried.
+      address: of a Ray cluster; empty starts one on this machine.
+      cpus: cores that a run asks a cluster for; 0 leaves it to the launcher.
+      slurm: parameters of the SLURM job, by submitit's names.
+      dry_run: write the SLURM script, and do not submit it.
+    """
+
+    per_device: int = 1
+    attempts: int = 3
+    address: str = ""
+    cpus: int = 0
+    slurm: tuple[str, ...] = ()
+    dry_run: bool = False
+
+
+Launch = Callable[[Path, Plan, list[Job], Options], int]
+"""Trains the jobs of a plan in a suite's directory; returns the exit code."""
+
+
+class Summary:
+    """What a launcher says while jobs end, and what it leaves as its exit code."""
+
+    def __init__(self, jobs: int) -> None:
+        self.jobs, self.ended = jobs, {"finished": 0, "failed": 0, "interrupted": 0}
+
+    def add(self, title: str, state: str, message: str) -> None:
+        """Says how a job ended."""
+        self.ended[state] += 1
+        print(f"{state} {title}: {message} ({sum(self.ended.values())}/{self.jobs})", flush=True)
+
+    def close(self) -> int:
+        """Says the totals; returns the exit code: 0 where everything is finished."""
+        counts = ", ".join(f"{count} {state}" for state, count in self.ended.items() if count)
+        left = self.jobs - sum(self.ended.values())
+        print((counts or "nothing ended") + (f", {left} not started" if left else ""), flush=True)
+        return 0 if self.ended["finished"] == self.jobs else 1

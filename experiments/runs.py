@@ -1,0 +1,148 @@
+"""What a run directory says about its run, read in milliseconds and without JAX."""
+
+import dataclasses
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from twister_jax import files
+
+RECORD = "job.json"
+"""What the process that trains says about itself, in the run directory."""
+LOG = "train.log"
+"""What `train` printed, in the run directory."""
+_MOST_BYTES = 1 << 24
+_TAIL = 1 << 15  # of metrics.jsonl
+
+State = Literal["waiting", "running", "interrupted", "failed", "finished"]
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None where there is none, or only half of one."""
+    try:
+        found = json.loads(files.read(path, _MOST_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def evaluation(directory: Path) -> dict[str, Any] | None:
+    """evaluation.json of a run."""
+    return read_json(directory / "evaluation.json")
+
+
+def last_rows(directory: Path) -> list[dict[str, Any]]:
+    """The last whole rows of metrics.jsonl, some 32 KB of them."""
+    try:
+        with files.open_regular(directory / "metrics.jsonl") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(0, size - _TAIL))
+            lines = file.read().split(b"\n")
+    except OSError:
+        return []
+    return list(_rows(lines[1:-1] if size > _TAIL else lines[:-1]))
+
+
+def rows(directory: Path) -> Iterator[dict[str, Any]]:
+    """All rows of metrics.jsonl."""
+    try:
+        with files.open_regular(directory / "metrics.jsonl") as file:
+            yield from _rows(file)
+    except OSError:
+        return
+
+
+def _rows(lines: Any) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and isinstance(row.get("env_steps"), int):
+            yield row
+
+
+def last_line(directory: Path) -> str:
+    """What `train` said last."""
+    try:
+        with files.open_regular(directory / LOG) as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """Where a run stands.
+
+    Attributes:
+      state: `interrupted` goes on by itself when the suite is run again, `failed` is tried again.
+      env_steps: agent steps taken.
+      seconds: that training took so far, over all processes.
+      pace: agent steps per second lately; 0 where unknown.
+      score: mean of the evaluation, or else the last training score; None before the first.
+      where: host and device.
+      note: why it failed.
+    """
+
+    state: State
+    env_steps: int = 0
+    seconds: float = 0.0
+    pace: float = 0.0
+    score: float | None = None
+    where: str = ""
+    note: str = ""
+
+
+def standing(directory: Path, steps: int) -> Standing:
+    """Where the run in this directory stands, which is to take `steps`."""
+    record = read_json(directory / RECORD) or {}
+    tail = last_rows(directory)
+    env_steps = tail[-1]["env_steps"] if tail else 0
+    seconds = float(tail[-1].get("wall_seconds", 0.0)) if tail else 0.0
+    where = " ".join(str(record.get(name, "")) for name in ("host", "device")).strip()
+    result = evaluation(directory)
+    if result is not None and result.get("env_steps", 0) >= steps:
+        return Standing("finished", result["env_steps"], seconds, 0.0, result.get("mean"), where)
+    return Standing(
+        state=_state(record, bool(tail)),
+        env_steps=env_steps,
+        seconds=seconds,
+        pace=_pace(tail),
+        score=next((row["episode/score"] for row in reversed(tail) if "episode/score" in row), None),
+        where=where,
+        note=str(record.get("last_line", "")),
+    )
+
+
+def _state(record: dict[str, Any], begun: bool) -> State:
+    state = record.get("state")
+    if state == "running":
+        here = record.get("host") == socket.gethostname()
+        return "running" if not here or _alive(record.get("pid")) else "interrupted"
+    if state == "failed":
+        return "failed"
+    return "interrupted" if begun else "waiting"
+
+
+def _alive(pid: Any) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except PermissionError:
+        return True
+    except (OSError, ValueError, TypeError, OverflowError):
+        return False
+    return True
+
+
+def _pace(tail: list[dict[str, Any]]) -> float:
+    if len(tail) < 2:
+        return 0.0
+    steps = tail[-1]["env_steps"] - tail[0]["env_steps"]
+    seconds = tail[-1].get("wall_seconds", 0.0) - tail[0].get("wall_seconds", 0.0)
+    return steps / seconds if seconds > 0 and steps > 0 else 0.0
