@@ -47,30 +47,33 @@ def test_relative_shift_against_a_gather(keys, distances, stride, data):
 
 
 def test_dropout_keeps_the_mean_and_the_rate():
-    x = jnp.ones(100_000)
-    dropped = Dropout(0.1, jax.random.key(0), x.size)(x)
+    x = jnp.ones((100, 1_000))
+    dropped = Dropout(0.1, jax.random.key(0), *x.shape)(x)
     np.testing.assert_allclose(np.unique(dropped), [0.0, 1 / 0.9], rtol=1e-6)
     assert abs(np.mean(dropped == 0.0) - 0.1) < 5 * np.sqrt(0.09 / x.size)
 
 
 def test_dropout_gives_every_call_a_mask_of_its_own():
     x = jnp.ones((100, 100))
-    dropout = Dropout(0.5, jax.random.key(1), 2 * x.size)
+    dropout = Dropout(0.5, jax.random.key(1), 100, 201)
     first, second = (np.asarray(dropout(x)) > 0 for _ in range(2))
     assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.05
+    assert np.all(np.any(first[1:] != first[0], axis=1))  # of every sequence
+    dropout.of_all(jnp.ones(1))
     with pytest.raises(TypeError):
         dropout(x)  # the draw is used up
 
 
-@pytest.mark.parametrize("dropout", [NO_DROPOUT, Dropout(0.5, None, 4), Dropout(0.0, jax.random.key(0), 4)])
+@pytest.mark.parametrize("dropout", [NO_DROPOUT, Dropout(0.5, None, 4, 1), Dropout(0.0, jax.random.key(0), 4, 1)])
 def test_dropout_is_off_without_a_key_or_a_rate(dropout):
     x = jnp.arange(4.0)
     np.testing.assert_array_equal(dropout(x), x)
+    np.testing.assert_array_equal(dropout.of_all(x), x)
 
 
 def test_dropout_keeps_half_precision():
-    x = jnp.ones(64, jnp.bfloat16)
-    assert Dropout(0.1, jax.random.key(0), 64)(x).dtype == jnp.bfloat16
+    x = jnp.ones((8, 8), jnp.bfloat16)
+    assert Dropout(0.1, jax.random.key(0), 8, 8)(x).dtype == jnp.bfloat16
 
 
 def test_float32_einsum_sums_half_precision_in_float32():

@@ -34,8 +34,8 @@ def make_agent(config, spec):
         choice = jax.random.categorical(key, logits) if sample else jnp.argmax(logits, -1)
         return jax.nn.one_hot(choice, spec.num_actions), {"memory": memory}
 
-    def sample(replay, key):
-        return store.sample(replay, key, algorithm.batch_size, algorithm.batch_length), replay
+    def sample(replay, key, shards=1):
+        return store.sample(replay, key, algorithm.batch_size // shards, algorithm.batch_length), replay
 
     def learn(state, windows, key, scale=1.0):
         image = jnp.mean(windows.image / 255.0)
@@ -56,12 +56,6 @@ def make_agent(config, spec):
         }
         return state, {"losses/image": image, "losses/weights": loss, "drawn": noise[0, 0]}
 
-    def warm_up(state, replay, key):
-        key_sample, key_learn = jax.random.split(key)
-        windows, replay = sample(replay, key_sample)
-        state, metrics = learn(state, windows, key_learn, scale=2.0)
-        return state, replay, metrics
-
     def report(state, replay, key):
         return {"frame": store.sample(replay, key, 1, 1).image[0, 0]}
 
@@ -75,9 +69,12 @@ def make_agent(config, spec):
         learn=learn,
         report=report,
         health=lambda state: state["health"],
+        shared_sizes={"algorithm.batch_size": algorithm.batch_size},
         min_replay_steps=algorithm.batch_length,
         tokens_per_update=algorithm.batch_size * algorithm.batch_length,
         headline="losses/image",
         parts=("sample", "work"),
-        pretraining=tuple(Pretraining(name, count, warm_up) for name, count in phases if count),
+        pretraining=tuple(
+            Pretraining(sample, partial(learn, scale=2.0), name, count) for name, count in phases if count
+        ),
     )

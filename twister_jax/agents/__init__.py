@@ -101,7 +101,7 @@ def make_agent(config: Config, spec: "EnvSpec") -> "Agent":
     names = ("act", "act_evaluate", "learn", "report")
     exact: dict[str, Any] = {name: in_precision(getattr(agent, name), config.precision) for name in names}
     phases = tuple(
-        dataclasses.replace(phase, update=in_precision(phase.update, config.precision))
+        dataclasses.replace(phase, learn=in_precision(phase.learn, config.precision))
         for phase in agent.pretraining
     )
     return dataclasses.replace(agent, **exact, pretraining=phases)

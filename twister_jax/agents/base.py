@@ -125,16 +125,38 @@ class Health:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pretraining:
-    """A training phase between prefill and the interleaved loop: `updates` calls of `update`."""
+class Learner:
+    """A kind of update: what it reads of the replay, and what it learns from that.
 
-    name: str
-    updates: int
-    update: Callable[[State, Any, PRNGKeyArray], tuple[State, Any, Metrics]]
+    Attributes:
+      sample: (replay, key, shards=1) -> (batch, replay): a batch, or an even share of one. The arrays of a
+        batch have a leading axis along which devices split it; its scalars are averages over the replay. The
+        replay may count what was drawn.
+      learn: (state, batch, key) -> (state, metrics).
+    """
+
+    sample: Callable[..., tuple[Batch, Any]]
+    learn: Callable[[State, Batch, PRNGKeyArray], tuple[State, Metrics]]
+
+    def update(self, state: State, replay: Any, key: PRNGKeyArray) -> tuple[State, Any, Metrics]:
+        """Draws from the replay, and learns. Donate state and replay, so that they are updated in place."""
+        key_sample, key_learn = jax.random.split(key)
+        with jax.named_scope("sample"):
+            batch, replay = self.sample(replay, key_sample)
+        state, metrics = self.learn(state, batch, key_learn)
+        return state, replay, metrics
 
 
 @dataclasses.dataclass(frozen=True)
-class Agent:
+class Pretraining(Learner):
+    """A training phase between prefill and the interleaved loop: `updates` updates of its own kind."""
+
+    name: str
+    updates: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Agent(Learner):
     """An agent as the rest of the program sees it.
 
     Attributes:
@@ -142,11 +164,11 @@ class Agent:
       init_carry: (state, number of environments) -> carry for acting from a reset.
       act: (state, carry, observation, key) -> (action [env, num_actions], carry), the policy sampled.
       act_evaluate: the same by the evaluation protocol of the paper (mode or sample).
-      sample: (replay, key) -> (batch, replay). The replay may count what was drawn.
-      learn: (state, batch, key) -> (state, metrics).
+      sample, learn: the updates of the loop; see `Learner`.
       report: (state, replay, key) -> {name: uint8 picture [height, width, 3]} for people to look at.
       health: state -> `Health`.
       parts: the `jax.named_scope`s that `update` puts its parts into, for profiles.
+      shared_sizes: sizes of a batch that devices share among them, by setting.
       min_replay_steps: stored steps a stream needs before `update` may be called.
       tokens_per_update: replayed environment steps through the world model in one update (B·L).
       headline: the metric that the progress line shows.
@@ -159,23 +181,14 @@ class Agent:
     act_evaluate: Callable[
         [State, Carry, Observation, PRNGKeyArray], tuple[Float[Array, "env action"], Carry]
     ]
-    sample: Callable[[Any, PRNGKeyArray], tuple[Batch, Any]]
-    learn: Callable[[State, Batch, PRNGKeyArray], tuple[State, Metrics]]
     report: Callable[[State, Any, PRNGKeyArray], dict[str, UInt8[Array, "height width 3"]]]
     health: Callable[[State], Health]
     min_replay_steps: int
     tokens_per_update: int
     headline: str
+    shared_sizes: Mapping[str, int]
     parts: tuple[str, ...] = ()
     pretraining: tuple[Pretraining, ...] = ()
-
-    def update(self, state: State, replay: Any, key: PRNGKeyArray) -> tuple[State, Any, Metrics]:
-        """Draws from the replay, and learns. Donate state and replay, so that they are updated in place."""
-        key_sample, key_learn = jax.random.split(key)
-        with jax.named_scope("sample"):
-            batch, replay = self.sample(replay, key_sample)
-        state, metrics = self.learn(state, batch, key_learn)
-        return state, replay, metrics
 
     def update_in_turn(
         self, states: State, replays: Any, keys: Key[Array, " seed"]

@@ -1,8 +1,9 @@
 """Parts of attention that the transformers share: encodings, relative shift, dropout and exact sums."""
 
+import chex
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, UInt16
 
 
 def sinusoids(distances: int, features: int) -> Float[Array, "distance features"]:
@@ -45,24 +46,36 @@ class Dropout:
     Args:
       rate: probability that a number is dropped, resolved to 2^-16.
       key: None switches dropout off.
-      size: how many numbers all calls together are given.
+      batch: sequences. Each has a row of the draw, so that devices that share a batch draw each their own.
+      size: how many numbers of each sequence all calls together are given.
     """
 
-    def __init__(self, rate: float, key: PRNGKeyArray | None, size: int):
+    def __init__(self, rate: float, key: PRNGKeyArray | None, batch: int, size: int):
         self._rate = rate
-        self._bits = None if key is None or rate == 0.0 else jax.random.bits(key, (size,), jnp.uint16)
+        self._bits = None if key is None or rate == 0.0 else jax.random.bits(key, (batch, size), jnp.uint16)
         self._used = 0
 
-    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    def __call__(self, x: Float[Array, "batch *shape"]) -> Float[Array, "batch *shape"]:
+        """Drops some of the numbers of every sequence."""
         if self._bits is None:
             return x
-        bits = self._bits[self._used : self._used + x.size].reshape(x.shape)
-        self._used += x.size
-        keep = bits >= round(self._rate * 2**16)
+        chex.assert_axis_dimension(x, 0, self._bits.shape[0])
+        return self._drop(x, self._next(x[0].size))
+
+    def of_all(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """Drops some of the numbers that all sequences share."""
+        return x if self._bits is None else self._drop(x, self._next(x.size)[0])
+
+    def _next(self, size: int) -> UInt16[Array, "batch size"]:
+        self._used += size
+        return self._bits[:, self._used - size : self._used]
+
+    def _drop(self, x: Array, bits: Array) -> Array:
+        keep = bits.reshape(x.shape) >= round(self._rate * 2**16)
         return jnp.where(keep, x / (1.0 - self._rate), 0.0).astype(x.dtype)
 
 
-NO_DROPOUT = Dropout(0.0, None, 0)
+NO_DROPOUT = Dropout(0.0, None, 0, 0)
 
 
 def float32_einsum(equation: str, *factors: Array) -> Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from twister_jax import runtime
+from twister_jax import parallel, runtime
 from twister_jax.nn import cpu_convolutions, cpu_epilogues
 from twister_jax.nn.attention import float32_einsum
 from twister_jax.nn.cpu_epilogues import CpuEpilogue, Params
@@ -144,6 +144,19 @@ def _check(x: Array, kernel: Array, stride: int, padding: int) -> None:
         raise ValueError(f"image has {x.shape[3]} channels, kernel takes {kernel.shape[2]}")
     if stride < 1 or padding < 0:
         raise ValueError(f"want stride >= 1 and padding >= 0, got {stride} and {padding}")
+
+
+def product(
+    x: Float[Array, "*batch inputs"], kernel: Float[Array, "inputs outputs"]
+) -> Float[Array, "*batch outputs"]:
+    """x @ kernel.
+
+    With more than two axes XLA's CPU backend copies the gradients first, so a CPU multiplies two matrices.
+    Where devices share an axis that is not the first, making it part of one would bring it together.
+    """
+    if runtime.target() != "cpu" or parallel.devices_in_use() > 1:
+        return jnp.matmul(x, kernel)
+    return jnp.matmul(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def position_scores(

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from twister_jax.nn.kernels import norm_silu
+from twister_jax.nn.kernels import norm_silu, product
 
 Initializer = Callable[..., Array]
 Network = TypeVar("Network", bound=nnx.Module)
@@ -44,11 +44,8 @@ class Linear(nnx.Linear):
     def __call__(self, inputs: Float[Array, "*batch inputs"], out_sharding=None) -> Array:
         """Returns [*batch, outputs] in `dtype`."""
         assert out_sharding is None, "not supported"
-        # One product of two matrices: with more axes, XLA's CPU backend copies the gradients first.
-        rows = inputs.reshape(-1, inputs.shape[-1]).astype(self.dtype)
-        y = jnp.matmul(rows, self.kernel[...].astype(self.dtype))
-        y = y if self.bias is None else add_bias(y, self.bias[...])
-        return y.reshape(*inputs.shape[:-1], y.shape[-1])
+        y = product(inputs.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        return y if self.bias is None else add_bias(y, self.bias[...])
 
 
 def cast_kernels(network: Network) -> Network:

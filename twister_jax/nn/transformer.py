@@ -175,8 +175,8 @@ class Transformer(nnx.Module):
         batch, length = is_first.shape
         mask = attention_mask(is_first, self.context)
         # Of a block: its attention weights, attention output and feed-forward output.
-        sizes = [batch * length * (block.heads * length + 2 * self.hidden) for block in self.blocks]
-        dropout = Dropout(self.dropout, dropout_key, sum(sizes))
+        sizes = [length * (block.heads * length + 2 * self.hidden) for block in self.blocks]
+        dropout = Dropout(self.dropout, dropout_key, batch, sum(sizes))
         keys, values = [], []
         for block in self.blocks:
             x, key, value = block(x, mask, self.context, dropout)

@@ -157,9 +157,10 @@ class Twister:
 
     # ------------------------------------------------------------------------------------------ learning
 
-    def sample(self, replay: Replay, key: PRNGKeyArray) -> tuple[Transition, Replay]:
+    def sample(self, replay: Replay, key: PRNGKeyArray, shards: int = 1) -> tuple[Transition, Replay]:
         """Windows, uniform over all start positions."""
-        return store.sample(replay, key, self.config.batch_size, self.config.batch_length), replay
+        share = self.config.batch_size // shards
+        return store.sample(replay, key, share, self.config.batch_length), replay
 
     def learn(
         self, state: TwisterState, windows: Transition, key: PRNGKeyArray
@@ -326,6 +327,7 @@ def make_agent(config: Config, spec: EnvSpec) -> Agent:
         report=twister.report,
         health=lambda state: state.health,
         parts=("sample", "augmentation", "world_model", "imagination", "actor_and_critic", "optimizers"),
+        shared_sizes={"algorithm.batch_size": algorithm.batch_size},
         min_replay_steps=algorithm.batch_length,
         tokens_per_update=algorithm.batch_size * algorithm.batch_length,
         headline="losses/image",

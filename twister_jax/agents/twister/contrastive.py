@@ -112,8 +112,9 @@ def info_nce(
     gap = jnp.where(valid, jax.nn.logsumexp(logits, axis=-1) - positive, 0.0)
     count = jnp.sum(valid, axis=1)
     # The diagonal and not `positive`: the same product rounded differently would lose to itself.
-    diagonal = jax.lax.stop_gradient(jnp.diagonal(logits, axis1=1, axis2=2))
-    correct = valid & (diagonal >= jax.lax.stop_gradient(jnp.max(logits, axis=-1)))
+    logits = jax.lax.stop_gradient(logits)
+    diagonal = jnp.max(jnp.where(jnp.eye(batch * length, dtype=bool), logits, -jnp.inf), axis=-1)
+    correct = valid & (diagonal >= jnp.max(logits, axis=-1))
     return jnp.sum(gap, axis=1) / count, jnp.sum(correct, axis=1) / count
 
 

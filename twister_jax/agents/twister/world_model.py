@@ -278,8 +278,8 @@ def world_model_loss(
     """
     images = to_float(windows.image)
     # Both views in one pass of the encoder.
-    both = model.posterior(jnp.concatenate([images, augmented]))
-    posterior, view = (jax.tree.map(lambda x, i=i: jnp.split(x, 2)[i], both) for i in (0, 1))
+    both = model.posterior(jnp.concatenate([images, augmented], axis=1))
+    posterior, view = (jax.tree.map(lambda x, i=i: jnp.split(x, 2, axis=1)[i], both) for i in (0, 1))
     seen = model.observe(posterior, windows.action, windows.is_first, sampler, dropout_key)
     posterior_features = features(seen.latent, seen.deter)
 

@@ -33,6 +33,7 @@ from twister_jax.envs.base import EnvSpec
 from twister_jax.errors import UserError
 from twister_jax.nn.distributions import KeySampler, OneHot, Sampler
 from twister_jax.nn.networks import Networks, Params
+from twister_jax.parallel import split
 from twister_jax.replay.store import Replay
 from twister_jax.runtime import compute_dtype
 
@@ -133,14 +134,14 @@ class Twm:
 
     # ------------------------------------------------------------------------------------------ learning
 
-    def sample(self, replay: Replay, key: PRNGKeyArray) -> tuple[TwmBatch, Replay]:
+    def sample(self, replay: Replay, key: PRNGKeyArray, shards: int = 1) -> tuple[TwmBatch, Replay]:
         """Windows, those seen least most often, and single observations."""
         config, temperature = self.config, self.config.sampling_temperature
         key_windows, key_fresh = jax.random.split(key)
         windows, replay = replay_windows.sample_balanced(
-            replay, key_windows, config.batch_size, config.batch_length + 2, self.stack, temperature
+            replay, key_windows, config.batch_size // shards, config.batch_length + 2, self.stack, temperature
         )
-        fresh = replay_windows.sample_frames(replay, key_fresh, config.restart_frames, self.stack)
+        fresh = replay_windows.sample_frames(replay, key_fresh, config.restart_frames // shards, self.stack)
         visits = jnp.sum(replay.visits) / (replay.size * replay.visits.shape[0])
         return TwmBatch(windows, fresh, visits), replay
 
@@ -161,7 +162,7 @@ class Twm:
         with jax.named_scope("imagination"):
             candidates = start_states(out.latent, windows)
             chosen = jax.random.permutation(key_start, candidates.reward.shape[0])[: config.imagination_batch]
-            start = jax.tree.map(lambda x: x[chosen], candidates)
+            start = split(jax.tree.map(lambda x: x[chosen], candidates))
             encoder = self.observation(trained.params["observation"]).encoder
             restarts = flat(encoder(to_float(batch.fresh)).draw(key_restarts))
             noise = jax.random.split(key_dream, config.imagination_horizon)
@@ -252,51 +253,53 @@ class Twm:
 
     # -------------------------------------------------------------------------------------- pre-training
 
+    def sample_frames(
+        self, replay: Replay, key: PRNGKeyArray, shards: int = 1
+    ) -> tuple[UInt8[Array, "frame height width stack"], Replay]:
+        """Single observations, as many as a batch of windows trains on."""
+        count = self.config.batch_size * self.config.batch_length // shards
+        return replay_windows.sample_frames(replay, key, count, self.stack), replay
+
     def pretrain_observation(
-        self, state: TwmState, replay: Replay, key: PRNGKeyArray
-    ) -> tuple[TwmState, Replay, Metrics]:
+        self, state: TwmState, frames: UInt8[Array, "frame height width stack"], key: PRNGKeyArray
+    ) -> tuple[TwmState, Metrics]:
         """One step of the observation model on single observations."""
-        key_frames, key_latents = jax.random.split(key)
-        count = self.config.batch_size * self.config.batch_length
-        frames = to_float(replay_windows.sample_frames(replay, key_frames, count, self.stack))
 
         def loss(params: Params):
-            return pretraining.observation_loss(self.observation(params), frames, self.config, key_latents)
+            return pretraining.observation_loss(self.observation(params), to_float(frames), self.config, key)
 
         gradient, (losses, logged) = jax.grad(loss, has_aux=True)(state.trained.params["observation"])
         gradients, terms = {"observation": gradient}, {"observation": losses}
         trained, metrics, finite = self.step(state.trained, gradients, terms)
-        return TwmState(trained, state.health.record(finite)), replay, metrics | logged
+        return TwmState(trained, state.health.record(finite)), metrics | logged
+
+    def sample_windows(
+        self, count: int, length: int, replay: Replay, key: PRNGKeyArray, shards: int = 1
+    ) -> tuple[Windows, Replay]:
+        """`count` windows of `length` observations, drawn uniformly."""
+        return replay_windows.sample_uniform(replay, key, count // shards, length, self.stack), replay
 
     def pretrain_dynamics(
-        self, state: TwmState, replay: Replay, key: PRNGKeyArray
-    ) -> tuple[TwmState, Replay, Metrics]:
-        """One step of the dynamics model on windows drawn uniformly."""
-        config, params = self.config, state.trained.params
-        key_windows, key_loss = jax.random.split(key)
-        windows = replay_windows.sample_uniform(
-            replay, key_windows, config.batch_size, config.batch_length + 2, self.stack
-        )
+        self, state: TwmState, windows: Windows, key: PRNGKeyArray
+    ) -> tuple[TwmState, Metrics]:
+        """One step of the dynamics model."""
+        params = state.trained.params
         posterior = self.observation(params["observation"]).encoder(to_float(windows.frames))
 
         def loss(params: Params):
-            return pretraining.dynamics_loss(self.dynamics(params), posterior, windows, config, key_loss)
+            return pretraining.dynamics_loss(self.dynamics(params), posterior, windows, self.config, key)
 
         gradient, losses = jax.grad(loss, has_aux=True)(params["dynamics"])
         trained, metrics, finite = self.step(state.trained, {"dynamics": gradient}, {"dynamics": losses})
-        return TwmState(trained, state.health.record(finite)), replay, metrics
+        return TwmState(trained, state.health.record(finite)), metrics
 
     def pretrain_behavior(
-        self, state: TwmState, replay: Replay, key: PRNGKeyArray
-    ) -> tuple[TwmState, Replay, Metrics]:
-        """One step of the critic on windows drawn uniformly, and of the actor on its entropy."""
+        self, state: TwmState, windows: Windows, key: PRNGKeyArray
+    ) -> tuple[TwmState, Metrics]:
+        """One step of the critic, and of the actor on its entropy."""
         config, params = self.config, state.trained.params
-        key_windows, key_latents = jax.random.split(key)
-        windows = replay_windows.sample_uniform(
-            replay, key_windows, config.imagination_batch, config.imagination_horizon + 1, self.stack
-        )
         posterior = self.observation(params["observation"]).encoder(to_float(windows.frames))
-        latent = flat(posterior.draw(key_latents))
+        latent = flat(posterior.draw(key))
         trajectory = pretraining.replayed_trajectory(latent, windows, config)
         critic_gradient, critic, _ = self.critic_gradient(params["critic"], trajectory)
 
@@ -307,7 +310,7 @@ class Twm:
         gradients = {"critic": critic_gradient, "actor": actor_gradient}
         losses = {"critic": {"critic": critic}, "actor": {"actor": actor}}
         trained, metrics, finite = self.step(state.trained, gradients, losses)
-        return TwmState(trained, state.health.record(finite)), replay, metrics
+        return TwmState(trained, state.health.record(finite)), metrics
 
     # ---------------------------------------------------------------------------------------- for people
 
@@ -358,11 +361,13 @@ def make_agent(config: Config, spec: EnvSpec) -> Agent:
         )
     twm = Twm(algorithm, spec, compute_dtype(config.precision))
     samples = algorithm.batch_size * algorithm.batch_length
-    behavior_samples = algorithm.imagination_batch * algorithm.imagination_horizon
+    windows = partial(twm.sample_windows, algorithm.batch_size, algorithm.batch_length + 2)
+    rollouts = partial(twm.sample_windows, algorithm.imagination_batch, algorithm.imagination_horizon + 1)
+    rollout_samples = algorithm.imagination_batch * algorithm.imagination_horizon
     phases = (
-        ("observation", algorithm.pretrain_observation_samples, samples, twm.pretrain_observation),
-        ("dynamics", algorithm.pretrain_dynamics_samples, samples, twm.pretrain_dynamics),
-        ("behavior", algorithm.pretrain_behavior_samples, behavior_samples, twm.pretrain_behavior),
+        ("observation", algorithm.pretrain_observation_samples, samples, twm.sample_frames),
+        ("dynamics", algorithm.pretrain_dynamics_samples, samples, windows),
+        ("behavior", algorithm.pretrain_behavior_samples, rollout_samples, rollouts),
     )
     return Agent(
         init=twm.init,
@@ -374,12 +379,16 @@ def make_agent(config: Config, spec: EnvSpec) -> Agent:
         report=twm.report,
         health=lambda state: state.health,
         parts=("sample", "world_model", "imagination", "actor_and_critic", "optimizers"),
+        shared_sizes={
+            f"algorithm.{name}": getattr(algorithm, name)
+            for name in ("batch_size", "imagination_batch", "restart_frames")
+        },
         min_replay_steps=algorithm.min_replay_steps,
         tokens_per_update=samples,
         headline="losses/decoder",
         pretraining=tuple(
-            Pretraining(name, -(-budget // per_update), function)
-            for name, budget, per_update, function in phases
+            Pretraining(sample, getattr(twm, f"pretrain_{name}"), name, -(-budget // per_update))
+            for name, budget, per_update, sample in phases
             if budget
         ),
     )

@@ -190,9 +190,9 @@ class Dynamics(nnx.Module):
         positions = jnp.arange(length)
         seen = visible(positions, positions, episode, config.memory_steps)
         per_token = config.attention_heads * length + 2 * config.hidden_size + config.feedforward_size
-        size = length * config.hidden_size + len(self.blocks) * batch * length * per_token
-        dropout = Dropout(config.dropout, dropout_key, size)
-        encodings = dropout(sinusoids(length, config.hidden_size))
+        size = length * (config.hidden_size + len(self.blocks) * per_token)
+        dropout = Dropout(config.dropout, dropout_key, batch, size)
+        encodings = dropout.of_all(sinusoids(length, config.hidden_size))
 
         for block in self.blocks[:-1]:
             x = self._block(block, x, slice(None), seen, encodings, dropout)
@@ -234,7 +234,7 @@ class Dynamics(nnx.Module):
         """Next latent, reward and discount (eq. 3)."""
         config = self.config
         widths = sum(config.latent_head + config.reward_head + config.discount_head)
-        dropout = Dropout(config.dropout, dropout_key, math.prod(hidden.shape[:-1]) * widths)
+        dropout = Dropout(config.dropout, dropout_key, len(hidden), math.prod(hidden.shape[1:-1]) * widths)
         shape = (*hidden.shape[:-1], config.stoch_groups, config.stoch_classes)
         return Predictions(
             latent=OneHot.of(self.latent_head(hidden, dropout).reshape(shape)),
