@@ -39,6 +39,22 @@ def devices_in_use() -> int:
     return jax.sharding.get_abstract_mesh().shape.get(DATA, 1)
 
 
+def on_shares(function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`, computed by every device for its share of the first argument's leading axis.
+
+    For what must see a batch as one device has it: loops over pieces of a batch, say.
+    """
+    if devices_in_use() == 1:
+        return function(*args)
+
+    def on_share(first: Any, *shared: Any) -> Any:
+        # Each device makes a gradient of its own of what they share; said like this, JAX adds them up.
+        return function(first, *jax.lax.pcast(shared, DATA, to="varying"))
+
+    specs = (PartitionSpec(DATA), *(PartitionSpec() for _ in args[1:]))
+    return jax.shard_map(on_share, in_specs=specs, out_specs=PartitionSpec(DATA))(*args)
+
+
 @dataclasses.dataclass(frozen=True)
 class Devices:
     """The devices of one run, along the axis `data`.

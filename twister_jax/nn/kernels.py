@@ -95,7 +95,10 @@ def conv2d(
         )
     epilogue = epilogue or _IDENTITY
     if runtime.target() == "cpu":
-        return cpu_convolutions.conv2d(x, kernel, epilogue.params, stride, padding, epilogue.cpu)
+        def conv(x, kernel, params):
+            return cpu_convolutions.conv2d(x, kernel, params, stride, padding, epilogue.cpu)
+
+        return parallel.on_shares(conv, x, kernel, epilogue.params)
     y = jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), [(padding, padding)] * 2, dimension_numbers=_DIMENSIONS
     )
@@ -127,7 +130,10 @@ def conv2d_transpose(
         )
     epilogue = epilogue or _IDENTITY
     if runtime.target() == "cpu":
-        return cpu_convolutions.conv2d_transpose(x, kernel, epilogue.params, stride, padding, epilogue.cpu)
+        def conv_transpose(x, kernel, params):
+            return cpu_convolutions.conv2d_transpose(x, kernel, params, stride, padding, epilogue.cpu)
+
+        return parallel.on_shares(conv_transpose, x, kernel, epilogue.params)
     pads = [(k - 1 - padding,) * 2 for k in kernel.shape[:2]]
     y = jax.lax.conv_general_dilated(
         x, kernel[::-1, ::-1], (1, 1), pads, lhs_dilation=(stride, stride), dimension_numbers=_DIMENSIONS
