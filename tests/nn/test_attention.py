@@ -64,7 +64,9 @@ def test_dropout_gives_every_call_a_mask_of_its_own():
         dropout(x)  # the draw is used up
 
 
-@pytest.mark.parametrize("dropout", [NO_DROPOUT, Dropout(0.5, None, 4, 1), Dropout(0.0, jax.random.key(0), 4, 1)])
+@pytest.mark.parametrize(
+    "dropout", [NO_DROPOUT, Dropout(0.5, None, 4, 1), Dropout(0.0, jax.random.key(0), 4, 1)]
+)
 def test_dropout_is_off_without_a_key_or_a_rate(dropout):
     x = jnp.arange(4.0)
     np.testing.assert_array_equal(dropout(x), x)

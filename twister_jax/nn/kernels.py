@@ -95,6 +95,7 @@ def conv2d(
         )
     epilogue = epilogue or _IDENTITY
     if runtime.target() == "cpu":
+
         def conv(x, kernel, params):
             return cpu_convolutions.conv2d(x, kernel, params, stride, padding, epilogue.cpu)
 
@@ -130,6 +131,7 @@ def conv2d_transpose(
         )
     epilogue = epilogue or _IDENTITY
     if runtime.target() == "cpu":
+
         def conv_transpose(x, kernel, params):
             return cpu_convolutions.conv2d_transpose(x, kernel, params, stride, padding, epilogue.cpu)
 
