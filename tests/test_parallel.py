@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -83,18 +84,12 @@ def test_every_device_draws_from_all_of_its_streams_equally():
     assert abs(counts[0] / sum(counts) - 0.5) < 0.04
 
 
-def test_more_devices_than_there_are_and_what_they_cannot_share_is_refused():
+def test_more_devices_than_there_are_and_what_they_cannot_share_is_refused(monkeypatch):
     there = len(jax.devices())
     with pytest.raises(UserError, match=rf"parallel.data = {there + 1}: must be at most {there}, .*virtual"):
         Devices.choose(there + 1, 1)
+    monkeypatch.setattr("jax.devices", mock.Mock(return_value=jax.devices() * 4))
     with pytest.raises(UserError, match=r"env.num_envs = 6: must be a multiple .* 4; 4 or 8 would do"):
-        _checked_count(4, 6, {})
+        Devices.choose(4, 6)
     with pytest.raises(UserError, match=r"algorithm.batch_size = 3: must be .* 4; 4 would do"):
-        _checked_count(4, 4, {"algorithm.batch_size": 3})
-
-
-def _checked_count(count, num_envs, sizes):
-    from unittest import mock
-
-    with mock.patch("jax.devices", lambda: [jax.local_devices()[0]] * count):
-        Devices.choose(count, num_envs, sizes)
+        Devices.choose(4, 4, {"algorithm.batch_size": 3})

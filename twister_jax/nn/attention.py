@@ -67,6 +67,7 @@ class Dropout:
         return x if self._bits is None else self._drop(x, self._next(x.size)[0])
 
     def _next(self, size: int) -> UInt16[Array, "batch size"]:
+        assert self._bits is not None
         self._used += size
         return self._bits[:, self._used - size : self._used]
 
