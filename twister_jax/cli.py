@@ -66,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that knows ASCII alone
     logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("twister_jax").setLevel(logging.INFO)
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             print(HELP, end="")

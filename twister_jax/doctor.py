@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from twister_jax.errors import UserError
+
 NEEDED = {
     "jax": (0, 10),
     "flax": (0, 12),
@@ -26,17 +28,19 @@ class Finding(Exception):
 def main() -> int:
     """Runs every check and prints a line for each; returns 1 if any found something."""
     bad = 0
-    for name, check in CHECKS.items():
+    checks = {**CHECKS, **suite_checks()}
+    for name, check in checks.items():
         try:
-            print(f"ok    {name:<10} {check()}", flush=True)
-        except Finding as finding:
+            if (found := check()) is not None:
+                print(f"ok    {name:<10} {found}", flush=True)
+        except (Finding, UserError) as finding:
             bad += 1
             print(f"WRONG {name:<10} {finding}", flush=True)
         except Exception as error:
             bad += 1
             reason = " ".join(str(error).split())[:300] or "no message"
             print(f"WRONG {name:<10} {type(error).__name__}: {reason}", flush=True)
-    print(f"{bad} of {len(CHECKS)} checks found something wrong" if bad else "everything works")
+    print(f"{bad} of {len(checks)} checks found something wrong" if bad else "everything works")
     return 1 if bad else 0
 
 
@@ -124,6 +128,13 @@ def check_files() -> str:
             fix = "name another with LOGDIR=" if what == "runs" else "name another with TWISTER_JAX_CACHE="
             raise Finding(f"{there}, for {what}, cannot be written ({error.strerror}): {fix}") from None
     return "the current directory and the compilation cache can be written"
+
+
+def suite_checks() -> dict[str, Callable[[], str | None]]:
+    """What suites of environments look at themselves."""
+    from twister_jax import envs
+
+    return {name: envs.suite(name).check for name in envs.SUITES}
 
 
 CHECKS: dict[str, Callable[[], str]] = {

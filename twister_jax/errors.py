@@ -5,3 +5,10 @@ class UserError(Exception):
     """Something the user can fix: the command line prints it as one line and ends with `exit_code`."""
 
     exit_code = 2
+
+
+class MissingExtraError(UserError):
+    """What was asked for needs packages that are not installed; names the line that installs them."""
+
+    def __init__(self, extra: str, what: str):
+        super().__init__(f"{what} needs packages that are not installed: pip install 'twister_jax[{extra}]'")

@@ -238,6 +238,6 @@ def read_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
             raise UnusableError(f"{path.name} cannot be read: {one_line(error)}") from None
 
 
-def one_line(error: Exception) -> str:
-    """An exception's message on one line of bearable length."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def one_line(message: object) -> str:
+    """An exception's message, or any other, on one line of bearable length."""
+    return " ".join(str(message).split())[:300] or type(message).__name__

@@ -80,3 +80,34 @@ def test_grayscale_keeps_ball_paddle_and_background_apart():
     values = sorted(np.unique(image).tolist())
     assert len(values) == 3
     assert min(np.diff(values)) > 50
+
+
+# ---- continuous actions ------------------------------------------------------------------------------
+
+
+def test_the_continuous_paddle_moves_by_the_value_of_the_action():
+    env = CatchEnv(0, continuous=True)
+    assert (env.spec.num_actions, env.spec.discrete) == (1, False)
+    still, last = env.reset().image, None
+    for value, column in [(1.0, 3.0), (-0.5, 2.5), (0.25, 2.75), (1.0, 3.75), (1.0, 4.0), (-1.0, 3.0)]:
+        last = env.step(np.array([value], np.float32)).image
+        blue = np.nonzero((last[-1] == np.array(PADDLE[:3])).all(-1))[0]
+        assert blue.mean() == pytest.approx((column + 0.5) * 64 / 5 - 0.5, abs=1)
+        assert len(blue) in (12, 13)
+    assert not np.array_equal(still, last)
+
+
+def test_a_continuous_player_who_looks_catches_and_half_a_column_is_enough():
+    env = CatchEnv(0, continuous=True)
+    for _ in range(20):
+        step = env.reset()
+        for _ in range(9):
+            ball, at = where(step.image, BALL[:3])[1], env.get_state()["paddle"]
+            step = env.step(np.clip(np.array([ball - at]), -1, 1))
+        assert step.episode == (0, 1.0, 9, False)
+    for miss, reward in [(0.5, 1.0), (0.51, -1.0)]:
+        env.reset()
+        state = env.get_state()
+        env.set_state(state | {"row": 8, "paddle": float(state["ball"])})
+        sign = 1 if state["ball"] < 2 else -1
+        assert env.step(np.array([sign * miss])).reward == reward

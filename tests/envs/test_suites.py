@@ -26,7 +26,7 @@ def snake(name):
 def test_there_are_26_games_and_catch():
     assert envs.suite("atari").names() == ATARI_100K
     assert len(ATARI_100K) == 26
-    assert envs.suite("catch").names() == ("Catch",)
+    assert envs.suite("catch").names() == ("Catch", "ContinuousCatch")
 
 
 @pytest.mark.parametrize("game", [*ATARI_100K, "SpaceInvaders"])
@@ -87,7 +87,7 @@ def test_the_message_for_one_close_match():
     with pytest.raises(UserError) as error:
         envs.resolve("Brekout")
     message = str(error.value)
-    assert message.startswith("unknown game 'Brekout' (did you mean Breakout?): expected Catch; a game of ")
+    assert message.startswith("unknown game 'Brekout' (did you mean Breakout?): expected Catch or ContinuousCatch; a game of ")
     assert all(game in message for game in ATARI_100K)
 
 
@@ -101,7 +101,7 @@ def test_a_name_like_no_other_still_gets_one_line(name):
 
 
 def test_a_prefix_looks_in_that_suite_alone():
-    with pytest.raises(UserError, match=r"unknown game 'catch:Pong': expected Catch$"):
+    with pytest.raises(UserError, match=r"unknown game 'catch:Pong': expected Catch or Continuous"):
         envs.resolve("catch:Pong")
     with pytest.raises(UserError, match="unknown game 'atari:Catch'"):
         envs.resolve("atari:Catch")
@@ -110,7 +110,7 @@ def test_a_prefix_looks_in_that_suite_alone():
 @pytest.mark.parametrize("name", ["atary:Pong", "ATARY:Pong"])
 def test_an_unknown_suite_gets_close_matches(name):
     with pytest.raises(
-        UserError, match=r"^unknown suite 'atary' \(did you mean atari\?\); one of catch, atari"
+        UserError, match=r"^unknown suite 'atary' \(did you mean atari\?\); one of catch, atari, "
     ):
         envs.resolve(name)
 

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 SUITES: dict[str, str] = {
     "catch": "twister_jax.envs.catch",
     "atari": "twister_jax.envs.atari",
+    "dmc": "twister_jax.envs.dmc",
+    "gym": "twister_jax.envs.gym",
+    "remember": "twister_jax.envs.remember",
 }
 """Name -> module with a `SUITE`. Names without a suite are looked up in this order."""
 
@@ -50,9 +53,13 @@ def resolve(game: str) -> "tuple[Suite, str]":
         found = each.resolve(name)
         if found is not None:
             return each, found
-    known = [each for candidate in candidates for each in candidate.names()]
+    near = did_you_mean(name, [each for candidate in candidates for each in candidate.names()])
+    if not colon:
+        others = [each for each in map(suite, SUITES) if each.prefixed]
+        full = [f"{each.name}:{known}" for each in others for known in each.names()]
+        near, candidates = near or did_you_mean(name, full), candidates + others
     offered = "; ".join(candidate.description for candidate in candidates)
-    raise UserError(f"unknown game {game!r}{did_you_mean(name, known)}: expected {offered}")
+    raise UserError(f"unknown game {game!r}{near}: expected {offered}")
 
 
 def full_name(game: str) -> str:
@@ -82,12 +89,16 @@ def make_vector_env(
       RuntimeError: the probe found images blank or resets not as `Env` promises.
     """
     from twister_jax.envs.probe import probe
-    from twister_jax.envs.vector import SerialVectorEnv
+    from twister_jax.envs.vector import SerialVectorEnv, close
 
     found, name = resolve(game)
     chosen: Any = found.settings if settings is None else settings
 
-    probe(found.make(name, found.for_probe(chosen), seed, evaluation=evaluation), game)
+    throwaway = found.make(name, found.for_probe(chosen), seed, evaluation=evaluation)
+    try:
+        probe(throwaway, game)
+    finally:
+        close(throwaway)
     identity = {"game": full_name(game), "evaluation": evaluation, **found.identity(name, chosen)}
     return SerialVectorEnv(
         lambda seed: found.make(name, chosen, seed, evaluation=evaluation), num_envs, seed, identity

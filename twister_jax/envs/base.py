@@ -98,11 +98,16 @@ class Env(Protocol):
 
         Args:
           action: an index among discrete actions, or values [action] in [−1, 1].
+
+        An environment that was just made resets too. One that holds what must be given back has a `close()`.
         """
         ...
 
-    def get_state(self) -> dict[str, Any]:
-        """Everything that decides what happens next, as JSON can hold it."""
+    def get_state(self) -> dict[str, Any] | None:
+        """Everything that decides what happens next, as JSON can hold it; None where it cannot tell.
+
+        What cannot tell begins a new episode when a run is resumed.
+        """
         ...
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -146,8 +151,11 @@ class VectorEnv(Protocol):
         """Everything that decides what the environments do next, random generators included."""
         ...
 
-    def set_state(self, state: bytes) -> None:
+    def set_state(self, state: bytes) -> int:
         """Goes on from `get_state`'s bytes as if nothing had happened.
+
+        Returns:
+          how many environments could not be saved, and begin a new episode with their next step.
 
         Raises:
           ValueError: the bytes belong to another game, number of environments or version.
@@ -201,6 +209,14 @@ class Suite(abc.ABC):
         """What must agree between a saved state and the environments that take it up, as JSON keeps it."""
         values = json.loads(json.dumps(dataclasses.asdict(settings)))
         return {name: value for name, value in values.items() if name != "num_envs"}
+
+    def check(self) -> str | None:
+        """For `doctor`: what it found of what it needs beyond this package; None where it needs nothing.
+
+        Raises:
+          UserError: something that is installed does not work.
+        """
+        return None
 
     def for_probe(self, settings: Any) -> Any:
         """Settings under which an episode ends within a probe's few steps, if that is possible."""

@@ -1,6 +1,10 @@
-"""Catch: a tiny game from pixels that a working agent learns in minutes (Osband et al. 2020, bsuite)."""
+"""Catch: a tiny game from pixels that a working agent learns in minutes (Osband et al. 2020, bsuite).
+
+Catch has three actions. In ContinuousCatch the paddle moves by the action's value, in columns.
+"""
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,6 +15,7 @@ from twister_jax.envs.base import IMAGE_SIZE, EnvSpec, Episode, Step, Suite
 
 ROWS = 10
 COLUMNS = 5
+NAMES = ("Catch", "ContinuousCatch")
 
 # Red, green, blue, luminance.
 BACKGROUND = (16, 16, 28, 17)
@@ -30,23 +35,27 @@ class CatchEnv:
     """A ball falls one row per step; the paddle on the bottom row should be where it lands.
 
     The ball starts in a random column of the top row, the paddle in the middle. After `ROWS - 1` steps the
-    episode ends with reward 1 if the paddle is under the ball and -1 if not; every other reward is 0.
+    episode ends with reward 1 if the paddle is under the ball and -1 if not; every other reward is 0. A
+    continuous paddle is under the ball if it covers half of its column or more.
 
     Args:
       seed: decides the columns.
+      continuous: the action is a value in [−1, 1], the columns to move by, in place of one of three choices.
       grayscale: one channel in place of RGB.
     """
 
-    def __init__(self, seed: int, *, grayscale: bool = False):
+    def __init__(self, seed: int, *, continuous: bool = False, grayscale: bool = False):
         self._rng = np.random.default_rng(seed)
+        self._continuous = continuous
         self._channels = slice(3, 4) if grayscale else slice(0, 3)
         self._row = ROWS - 1  # a game that has ended, so that the first step resets
         self._ball = 0
-        self._paddle = 0
+        self._paddle = 0.0
         self.spec = EnvSpec(
             image_shape=(IMAGE_SIZE, IMAGE_SIZE, 1 if grayscale else 3),
-            num_actions=3,
-            action_names=("LEFT", "STAY", "RIGHT"),
+            num_actions=1 if continuous else 3,
+            discrete=not continuous,
+            action_names=("RIGHT",) if continuous else ("LEFT", "STAY", "RIGHT"),
         )
 
     def reset(self) -> Step:
@@ -56,15 +65,16 @@ class CatchEnv:
         self._paddle = COLUMNS // 2
         return Step(self._image(), 0.0, False, True, None)
 
-    def step(self, action: int) -> Step:
+    def step(self, action: Any) -> Step:
         """See `Env`."""
         if self._row == ROWS - 1:
             return self.reset()
         self._row += 1
-        self._paddle = min(max(self._paddle + action - 1, 0), COLUMNS - 1)
+        move = float(action[0]) if self._continuous else action - 1
+        self._paddle = min(max(self._paddle + move, 0), COLUMNS - 1)
         if self._row < ROWS - 1:
             return Step(self._image(), 0.0, False, False, None)
-        reward = 1.0 if self._paddle == self._ball else -1.0
+        reward = 1.0 if abs(self._paddle - self._ball) <= 0.5 else -1.0
         episode = Episode(env=0, score=reward, length=ROWS - 1, truncated=False)
         return Step(self._image(), reward, True, False, episode)
 
@@ -85,34 +95,38 @@ class CatchEnv:
         self._paddle = state["paddle"]
 
     def _image(self) -> UInt8[np.ndarray, "64 64 channel"]:
-        cells = np.empty((ROWS, COLUMNS, 4), np.uint8)
-        cells[:] = BACKGROUND
-        cells[-1, self._paddle] = PADDLE
-        cells[self._row, self._ball] = BALL  # over the paddle: a caught ball is seen
-        pixels = np.arange(IMAGE_SIZE)
-        rows, columns = pixels * ROWS // IMAGE_SIZE, pixels * COLUMNS // IMAGE_SIZE
-        return cells[rows[:, None], columns, self._channels]
+        pixels = np.empty((IMAGE_SIZE, IMAGE_SIZE, 4), np.uint8)
+        pixels[:] = BACKGROUND
+        bottom, falling = _cell(ROWS - 1, ROWS), _cell(self._row, ROWS)
+        pixels[bottom, _cell(self._paddle, COLUMNS)] = PADDLE
+        pixels[falling, _cell(self._ball, COLUMNS)] = BALL  # over the paddle: a caught ball is seen
+        return pixels[..., self._channels].copy()
+
+
+def _cell(place: float, cells: int) -> slice:
+    """The pixels of a row or column, which may lie between two."""
+    return slice(math.ceil(place * IMAGE_SIZE / cells), math.ceil((place + 1) * IMAGE_SIZE / cells))
 
 
 class CatchSuite(Suite):
-    """One game."""
+    """One game, with either kind of action."""
 
     name = "catch"
-    description = "Catch"
+    description = " or ".join(NAMES)
     settings = CatchConfig()
     presets: ClassVar = {"cpu": {"train.steps": 1_600, "evaluation.episodes": 100}}
 
     def names(self) -> tuple[str, ...]:
         """See `Suite`."""
-        return ("Catch",)
+        return NAMES
 
     def resolve(self, name: str) -> str | None:
         """See `Suite`."""
-        return "Catch" if name.strip().lower() == "catch" else None
+        return next((known for known in NAMES if known.lower() == name.strip().lower()), None)
 
     def make(self, name: str, settings: CatchConfig, seed: int, *, evaluation: bool = False) -> CatchEnv:
         """See `Suite`."""
-        return CatchEnv(seed, grayscale=settings.grayscale)
+        return CatchEnv(seed, continuous=name == "ContinuousCatch", grayscale=settings.grayscale)
 
     def protocol(self, name: str, settings: CatchConfig) -> dict[str, Any]:
         """See `Suite`."""

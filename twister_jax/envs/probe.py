@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 
 from twister_jax.envs.base import Env, Step
+from twister_jax.errors import UserError
+from twister_jax.files import one_line
 
 _STEPS = 64
 
@@ -13,9 +15,18 @@ def probe(env: Env, name: str) -> None:
     """Plays some steps, across an episode's end if there is one, and checks what every run relies on.
 
     Raises:
-      RuntimeError: images of another kind than the specification says, all images blank, or resets that
-        are not steps of their own. The message says which.
+      RuntimeError: images of another kind than the specification says, all images blank, resets that are not
+        steps of their own, or an exception. The message says which.
     """
+    try:
+        _play(env, name)
+    except (UserError, RuntimeError):
+        raise
+    except Exception as error:
+        raise RuntimeError(f"{name} fails when played: {type(error).__name__}: {one_line(error)}") from error
+
+
+def _play(env: Env, name: str) -> None:
     generator = np.random.default_rng(0)
 
     def action(count: int) -> Any:

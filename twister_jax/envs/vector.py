@@ -1,5 +1,6 @@
 """Several environments stepped together, surviving an emulator's failure, saved and restored exactly."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -104,7 +105,7 @@ class SerialVectorEnv:
         }
         return json.dumps(state).encode()
 
-    def set_state(self, state: bytes) -> None:
+    def set_state(self, state: bytes) -> int:
         """See `VectorEnv`. Takes as long as emulating the games that were going on, and what led to them.
 
         Raises:
@@ -122,15 +123,21 @@ class SerialVectorEnv:
                     f"the saved environment state has {name}={theirs!r}, these environments have {ours!r}"
                 )
         try:
-            for env, each in zip(self._envs, envs, strict=True):
-                env.set_state(each)
             self._health = [_Health(**each) for each in health]
+            for index, (env, each) in enumerate(zip(self._envs, envs, strict=True)):
+                if each is None:
+                    self._rebuild(index)  # with other seeds: its first episodes were played already
+                else:
+                    env.set_state(each)
             self._retired, self._last = {}, []
         except Exception as error:
             raise ValueError(f"the saved environment state is damaged: {error!r}") from error
+        return envs.count(None)
 
     def close(self) -> None:
         """Lets the emulators go."""
+        for env in self._envs:
+            close(env)
         self._envs = []
 
     def _checked(self, actions: np.ndarray) -> list[Any]:
@@ -155,6 +162,11 @@ class SerialVectorEnv:
     def _build(self, index: int) -> Env:
         entropy = np.random.SeedSequence((self._seed, index, self._health[index].rebuilds))
         return self._make_env(int(entropy.generate_state(1, np.uint64)[0]))
+
+    def _rebuild(self, index: int) -> None:
+        self._health[index].rebuilds += 1
+        close(self._envs[index])
+        self._envs[index] = self._build(index)
 
     def _guarded(self, index: int, call: Callable[[Env], Step]) -> Step:
         try:
@@ -184,12 +196,17 @@ class SerialVectorEnv:
                 self._game,
                 error,
             )
-            health.rebuilds += 1
             try:
-                self._envs[index] = self._build(index)
+                self._rebuild(index)
                 return self._envs[index].reset()
             except Exception as again:
                 error = again
+
+
+def close(env: Env) -> None:
+    """Gives back what an environment holds, if it says how."""
+    with contextlib.suppress(Exception):  # it may be broken already
+        getattr(env, "close", lambda: None)()
 
 
 def _together(steps: list[Step]) -> EnvStep:

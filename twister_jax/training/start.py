@@ -76,7 +76,7 @@ def _resume(run: "Run", snapshot: Snapshot) -> None:
         offset, pending = int(host["metrics_offset"]), list(map(str, host["metrics_pending"]))
         if offset < 0:
             raise ValueError(f"metrics_offset {offset}")
-        run.env.set_state(snapshot.env)
+        restarted = run.env.set_state(snapshot.env)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"cannot resume {run.directory}: {one_line(error)}") from error
     run.saved_at = (run.counters.position, run.counters.updates)
@@ -87,6 +87,11 @@ def _resume(run: "Run", snapshot: Snapshot) -> None:
         run.note(
             f"{snapshot.lost:,} of the {snapshot.lost + min(run.stored, run.replay.capacity):,} stored steps "
             f"were damaged on disk: resumed without them at step {run.counters.env_steps:,}"
+        )
+    if restarted and not run.finished:
+        run.note(
+            f"resumed at step {run.counters.env_steps:,} with new episodes, as {run.config.game} cannot be "
+            f"saved: not as if undisturbed"
         )
     if not run.finished and (changed := different_numerics(host.get("numerics"), run.config.precision)):
         run.note(f"resumed at step {run.counters.env_steps:,} with {changed}: not bit for bit")
