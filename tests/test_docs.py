@@ -50,6 +50,23 @@ def test_the_environment_on_the_page_is_played(tmp_path):
     assert (record["game"], record["protocol"]["time_limit"]) == ("arena:reach", 10)
 
 
+def test_the_environment_of_gymnasium_on_the_page_is_played_and_saved(tmp_path):
+    write(tmp_path, "docs/environments.md")
+    saving = blocks("docs/environments.md")["block1.py"]
+    module = tmp_path / "my_package.py"
+    assert module.read_text().count("\n\n\ngymnasium.register") == 1
+    (tmp_path / "saved.py").write_text(
+        module.read_text().replace("\n\n\ngymnasium.register", f"\n\n{saving}\n\ngymnasium.register")
+    )
+    code = "from tests import third; third.register()\nfrom twister_jax import cli; cli.run()\n"
+    (tmp_path / "play.py").write_text(code)
+    for package, resumption in [("my_package", "with a new episode"), ("saved", "exact")]:
+        flags = ["--agent", "minimal", "--game", f"gym:{package}:Reach-v0", "--preset", "debug"]
+        run(tmp_path, "play.py", "train", *flags, "--logdir", package)
+        protocol = json.loads((tmp_path / package / "evaluation.json").read_text())["protocol"]
+        assert (protocol["time_limit"], protocol["resumption"]) == (50, resumption)
+
+
 @pytest.mark.slow
 def test_the_notebook_of_the_readme_runs(tmp_path):
     write(tmp_path, "README.md")

@@ -14,7 +14,7 @@ SOURCES = sorted(
 )
 REGISTRIES = {ROOT / "twister_jax/agents/__init__.py", ROOT / "twister_jax/envs/__init__.py"}
 AGENT_NAMES = ("twister", "twm")
-SUITE_NAMES = ("atari", "catch")
+SUITE_NAMES = ("atari", "catch", "dmc", "gym", "remember")
 
 
 def room_of(path: Path) -> str | None:

@@ -87,7 +87,8 @@ def test_the_message_for_one_close_match():
     with pytest.raises(UserError) as error:
         envs.resolve("Brekout")
     message = str(error.value)
-    assert message.startswith("unknown game 'Brekout' (did you mean Breakout?): expected Catch or ContinuousCatch; a game of ")
+    assert message.startswith("unknown game 'Brekout' (did you mean Breakout?): expected Catch or ")
+    assert "; a game of Atari 100k (" in message
     assert all(game in message for game in ATARI_100K)
 
 

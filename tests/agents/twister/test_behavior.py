@@ -108,6 +108,23 @@ def test_actor_gradient_raises_the_probability_of_good_actions_discrete_and_cont
     assert np.all(jax.grad(continuous)(jnp.zeros((4, 5, 2)))[..., 0] < 0)
 
 
+def test_the_actor_learns_from_the_action_it_drew_beyond_the_bounds_too():
+    """Continuous control: the density of the unclipped sample, summed over dimensions, and no correction."""
+    goal, rng = targets(), np.random.default_rng(4)
+    raw = rng.normal(size=(4, 5, 4))
+    mean, std = np.tanh(raw[..., :2]), 0.9 / (1 + np.exp(-(raw[..., 2:] + 2))) + 0.1
+    action = mean + 3 * std  # far beyond 1
+    assert np.abs(action).max() > 1.5
+    policy = BoundedNormal.of(jnp.asarray(raw, jnp.float32))
+    loss, mean_entropy = actor_loss(policy, jnp.asarray(action, jnp.float32), goal, ALGORITHM)
+    log_prob = np.sum(-0.5 * 3.0**2 - np.log(std) - 0.5 * np.log(2 * np.pi), -1)
+    entropy = np.sum(np.log(std) + 0.5 * np.log(2 * np.pi * np.e), -1)
+    advantage = (goal.returns - goal.value[:-1]) / goal.return_scale.scale
+    expected = -np.mean(goal.weight[:-1] * (log_prob * advantage + 3e-4 * entropy))
+    assert float(loss) == pytest.approx(float(expected), rel=1e-4)
+    assert float(mean_entropy) == pytest.approx(entropy.mean(), rel=1e-5)
+
+
 def test_no_gradient_reaches_the_world_through_action_or_target():
     goal = targets()
     policy = BoundedNormal.of(jnp.zeros((4, 5, 2)))
