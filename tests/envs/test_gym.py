@@ -136,7 +136,7 @@ def test_spellings():
             {},
             r"has no picture: it observes Box\(.*\) and does not render to rgb_array",
         ),
-        (game("Two"), {}, "several pictures: choose with --env.image-key front or back"),
+        (game("Two"), {}, "several pictures: choose with --env.image-key back or front"),
         (game("Dictionary"), {"image_key": "frnt"}, r"image_key = frnt: no entry .*\(did you mean front\?\)"),
         (game("Plain"), {"image_key": "front"}, "its observations are no dictionary"),
         (game("Floats"), {}, r"shows float64 of shape \(48, 40, 3\): a picture is uint8"),
