@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def test_the_environment_on_the_page_is_played(tmp_path):
 
 def test_the_environment_of_gymnasium_on_the_page_is_played_and_saved(tmp_path):
     write(tmp_path, "docs/environments.md")
-    saving = blocks("docs/environments.md")["block1.py"]
+    saving = textwrap.indent(blocks("docs/environments.md")["block1.py"], "    ").rstrip()
     module = tmp_path / "my_package.py"
     assert module.read_text().count("\n\n\ngymnasium.register") == 1
     (tmp_path / "saved.py").write_text(
