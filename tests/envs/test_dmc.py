@@ -1,6 +1,9 @@
 """DeepMind Control: as the paper has it, saved exactly, and drawn without a screen."""
 
+import itertools
 import json
+import os
+import signal
 import sys
 import time
 
@@ -119,15 +122,33 @@ def test_a_probe_sees_an_episode_end():
 
 @pytest.mark.slow
 def test_a_run_that_was_interrupted_ends_as_if_undisturbed(tmp_path):
-    def run(directory, *steps):
-        for count in steps:
-            settings = {"train.steps": count, "logdir": str(tmp_path / directory), "precision": "float32"}
-            game = {"env.num_envs": 2, "env.episode_steps": 50, "evaluation.episodes": 2}
-            assert train(make_config(third.AGENT, "debug", "dmc:finger_turn_easy", **settings, **game)) == 0
-        lines = (tmp_path / directory / "metrics.jsonl").read_text().splitlines()
-        return [{k: v for k, v in json.loads(line).items() if k != "wall_seconds"} for line in lines]
+    def run(directory, make_env=envs.make_vector_env):
+        settings = {"train.steps": 240, "logdir": str(tmp_path / directory), "precision": "float32"}
+        game = {"env.num_envs": 2, "env.episode_steps": 50, "evaluation.episodes": 2}
+        config = make_config(third.AGENT, "debug", "dmc:finger_turn_easy", **settings, **game)
+        return train(config, make_env=make_env)
 
-    assert run("interrupted", 90, 240) == run("undisturbed", 240)
+    def terminated_in_an_episode(*arguments, **evaluation):
+        env = envs.make_vector_env(*arguments, **evaluation)
+        step, steps = env.step, itertools.count(1)
+
+        def step_and_be_terminated(actions):
+            if next(steps) == 60:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(actions)
+
+        env.step = step_and_be_terminated
+        return env
+
+    def results(directory):
+        lines = (tmp_path / directory / "metrics.jsonl").read_text().splitlines()
+        rows = [{k: v for k, v in json.loads(line).items() if k != "wall_seconds"} for line in lines]
+        return rows, json.loads((tmp_path / directory / "evaluation.json").read_text())["scores"]
+
+    assert run("undisturbed") == 0
+    assert run("interrupted", terminated_in_an_episode) == 128 + signal.SIGTERM
+    assert run("interrupted") == 0
+    assert results("interrupted") == results("undisturbed")
 
 
 # ---- drawing without a screen ------------------------------------------------------------------------
