@@ -85,12 +85,12 @@ def run_job(
         say(
             f"started {title(job)}{f' on {device}' if device else ''}{f', attempt {attempt}' * (attempt > 1)}"
         )
-        code = _train(directory, plan, job, device, environment or {}, attempt, stop)
+        code, asked = _train(directory, plan, job, device, environment or {}, attempt, stop)
         if code == 0:
             return Outcome("finished", _scores(directory, job))
         folder = directory / job[0].directory
         message = f"exit code {code}: {runs.last_line(folder) or 'nothing was said'}; log {folder / LOG}"
-        if stop():
+        if asked:
             return Outcome("interrupted", message)
         if attempt < attempts:
             say(f"failed {title(job)}: {message}; trying again")
@@ -105,8 +105,8 @@ def _train(
     environment: Mapping[str, str],
     attempt: int,
     stop: Callable[[], bool],
-) -> int:
-    """One attempt; returns the exit code."""
+) -> tuple[int, bool]:
+    """One attempt; returns the exit code, and whether it was told to stop."""
     folders = [directory / run.directory for run in job]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
@@ -128,15 +128,19 @@ def _train(
             _write(folders, {**record, "state": "running", "pid": process.pid})
             asked = False
             while process.poll() is None:
-                if stop() and not asked:
+                try:
+                    if stop() and not asked:
+                        process.terminate()
+                        asked = True
+                    time.sleep(_POLL_SECONDS)
+                except KeyboardInterrupt:  # how Ray cancels
                     process.terminate()
                     asked = True
-                time.sleep(_POLL_SECONDS)
     code = process.returncode
     state = "finished" if code == 0 else "interrupted" if asked else "failed"
     last = "" if code == 0 else runs.last_line(folders[0])
     _write(folders, {**record, "state": state, "ended": _now(), "exit_code": code, "last_line": last})
-    return code
+    return code, asked
 
 
 def _wait_until_free(directory: Path, job: Job, stop: Callable[[], bool]) -> bool:
