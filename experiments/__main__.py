@@ -73,6 +73,11 @@ def _parser(command: str, description: str) -> Parser:
     return Parser(prog=f"{PROGRAM} {command}", description=description, allow_abbrev=False)
 
 
+def _split(words: Sequence[str]) -> list[str]:
+    """What blanks or commas separate."""
+    return [part for word in words for part in word.split(",") if part]
+
+
 def _add_root(parser: Parser) -> None:
     parser.add_argument("--root", default="runs", help="where suites have their directories (default runs)")
 
@@ -99,7 +104,7 @@ def run(arguments: list[str]) -> int:
     add = parser.add_argument
     add("suite", metavar="SUITE", help=f"one of {', '.join(suite.names())}, or a .toml file")
     add("--games", nargs="+", default=(), help="only these")
-    add("--seeds", nargs="+", type=int, default=(), help="these in place of the suite's")
+    add("--seeds", nargs="+", default=(), help="these in place of the suite's")
     add("--sets", nargs="+", default=(), help="only these sets")
     _add_root(parser)
     add("--launcher", choices=LAUNCHERS, default="local", help="where runs are trained (default local)")
@@ -113,7 +118,12 @@ def run(arguments: list[str]) -> int:
     for name in ("per_device", "attempts"):
         if getattr(given, name) < 1:
             parser.error(f"--{name.replace('_', '-')} = {getattr(given, name)}: must be at least 1")
-    chosen = suite.narrow(suite.load(given.suite), given.games, given.seeds, given.sets)
+    seeds = _split(given.seeds)
+    if wrong := [seed for seed in seeds if not seed.isdecimal()]:
+        parser.error(f"--seeds {wrong[0]}: must be whole numbers from 0 on")
+    chosen = suite.narrow(
+        suite.load(given.suite), _split(given.games), [int(seed) for seed in seeds], _split(given.sets)
+    )
     plan = suite.plan(chosen)
     directory = Path(given.root) / chosen.name
     suite.write_plan(directory, plan)

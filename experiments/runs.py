@@ -34,8 +34,8 @@ def evaluation(directory: Path) -> dict[str, Any] | None:
     return read_json(directory / "evaluation.json")
 
 
-def last_rows(directory: Path) -> list[dict[str, Any]]:
-    """The last whole rows of metrics.jsonl, some 32 KB of them."""
+def _last_lines(directory: Path) -> list[bytes]:
+    """The last whole lines of metrics.jsonl, some 32 KB of them."""
     try:
         with files.open_regular(directory / "metrics.jsonl") as file:
             size = os.fstat(file.fileno()).st_size
@@ -43,7 +43,7 @@ def last_rows(directory: Path) -> list[dict[str, Any]]:
             lines = file.read().split(b"\n")
     except OSError:
         return []
-    return list(_rows(lines[1:-1] if size > _TAIL else lines[:-1]))
+    return lines[1:-1] if size > _TAIL else lines[:-1]
 
 
 def rows(directory: Path) -> Iterator[dict[str, Any]]:
@@ -102,19 +102,20 @@ class Standing:
 def standing(directory: Path, steps: int) -> Standing:
     """Where the run in this directory stands, which is to take `steps`."""
     record = read_json(directory / RECORD) or {}
-    tail = last_rows(directory)
-    env_steps = tail[-1]["env_steps"] if tail else 0
-    seconds = float(tail[-1].get("wall_seconds", 0.0)) if tail else 0.0
+    lines = _last_lines(directory)
+    newest = next(_rows(reversed(lines)), {})  # few rows are parsed: there may be ten thousand runs
+    seconds = float(newest.get("wall_seconds", 0.0))
     where = " ".join(str(record.get(name, "")) for name in ("host", "device")).strip()
     result = evaluation(directory)
     if result is not None and result.get("env_steps", 0) >= steps:
         return Standing("finished", result["env_steps"], seconds, 0.0, result.get("mean"), where)
+    scored = next(_rows(line for line in reversed(lines) if b'"episode/score"' in line), {})
     return Standing(
-        state=_state(record, bool(tail)),
-        env_steps=env_steps,
+        state=_state(record, bool(newest)),
+        env_steps=newest.get("env_steps", 0),
         seconds=seconds,
-        pace=_pace(tail),
-        score=next((row["episode/score"] for row in reversed(tail) if "episode/score" in row), None),
+        pace=_pace(next(_rows(lines), {}), newest),
+        score=scored.get("episode/score"),
         where=where,
         note=str(record.get("last_line", "")),
     )
@@ -140,9 +141,8 @@ def _alive(pid: Any) -> bool:
     return True
 
 
-def _pace(tail: list[dict[str, Any]]) -> float:
-    if len(tail) < 2:
-        return 0.0
-    steps = tail[-1]["env_steps"] - tail[0]["env_steps"]
-    seconds = tail[-1].get("wall_seconds", 0.0) - tail[0].get("wall_seconds", 0.0)
+def _pace(oldest: dict[str, Any], newest: dict[str, Any]) -> float:
+    """Agent steps per second between two rows; 0 where that cannot be told."""
+    steps = newest.get("env_steps", 0) - oldest.get("env_steps", 0)
+    seconds = newest.get("wall_seconds", 0.0) - oldest.get("wall_seconds", 0.0)
     return steps / seconds if seconds > 0 and steps > 0 else 0.0

@@ -1,10 +1,13 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.agents.twm.conftest import replay_of, stream
+from tests.agents.twm.conftest import ALGORITHM, GREY, replay_of, stream
 from twister_jax.agents.twm import windows as W
+from twister_jax.agents.twm.agent import Twm
 
 OBSERVATIONS, STACK = 5, 4
 gather = jax.jit(W.gather_windows, static_argnums=(3, 4))
@@ -89,3 +92,20 @@ def test_balanced_sampling_counts_what_it_drew(filled):
     assert int(after.visits.sum()) == 7
     assert int(after.visits.max()) == 1
     assert not np.any(np.asarray(after.visits)[~np.asarray(W.valid_starts(filled, OBSERVATIONS))[:, :64]])
+
+
+def test_uniform_sampling_ignores_visits_and_counts_them(filled):
+    drawn = dataclasses.replace(filled, visits=filled.visits.at[:, ::2].set(1000))
+    balanced = Twm(ALGORITHM, GREY, jnp.float32)
+    uniform = Twm(dataclasses.replace(ALGORITHM, balanced_sampling=False), GREY, jnp.float32)
+    key = jax.random.key(0)
+
+    def windows(agent, replay):
+        batch, after = jax.jit(agent.sample)(replay, key)
+        return batch.windows.frames, after.visits
+
+    fresh, counted = windows(uniform, filled)
+    np.testing.assert_array_equal(windows(uniform, drawn)[0], fresh)
+    np.testing.assert_array_equal(windows(balanced, filled)[0], fresh)  # where nothing was drawn yet
+    assert np.any(windows(balanced, drawn)[0] != fresh)
+    assert counted.sum() == ALGORITHM.batch_size

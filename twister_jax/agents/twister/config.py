@@ -44,6 +44,10 @@ class TwisterModelConfig:
     """Steps ahead that are predicted contrastively, counting the present."""
     contrastive_size: PositiveInt = 512
     """Width of the contrastive heads."""
+    contrastive_actions: bool = True
+    """Contrastive queries also read the actions up to the step that they look for."""
+    decoder_reads_state: bool = False
+    """The decoder reads (z, h) in place of the latent alone."""
     num_bins: Annotated[int, Range(3, 10**9)] = 255
     """Bins of the symlog two-hot reward and value distributions."""
 

@@ -18,7 +18,8 @@ class ContrastiveHeads(nnx.Module):
     """For each k two MLPs, linear → ELU → linear → ELU, with their weights stacked along k.
 
     The first query layer reads features and actions with separate weights: head k reads k actions, and the
-    rows of `query_actions` beyond them are masked wherever they are used, so their gradient is zero.
+    rows of `query_actions` beyond them are masked wherever they are used, so their gradient is zero. With
+    `actions` 0, and where there is but one head, no action is read and there are no such weights.
     """
 
     def __init__(
@@ -42,8 +43,10 @@ class ContrastiveHeads(nnx.Module):
         query_fans = [features + k * actions for k in range(steps)]
         same = [size] * steps
         self.query_features = stacked((features, size), query_fans)
-        actions_kernel = stacked(((steps - 1), actions, size), query_fans)[...]
-        self.query_actions = nnx.Param(actions_kernel * self._action_mask())
+        self.reads_actions = actions > 0 and steps > 1
+        if self.reads_actions:
+            actions_kernel = stacked(((steps - 1), actions, size), query_fans)[...]
+            self.query_actions = nnx.Param(actions_kernel * self._action_mask())
         self.query_bias = stacked((size,), query_fans)
         self.query_output = stacked((size, size), same)
         self.query_output_bias = stacked((size,), same)
@@ -60,6 +63,9 @@ class ContrastiveHeads(nnx.Module):
         self, features: Float[Array, "batch time feature"], actions: Float[Array, "batch time action"]
     ) -> Float[Array, "step batch time size"]:
         """Query of every k at every t; those with t + k beyond the window are meaningless."""
+        rest = (self.query_bias, self.query_output, self.query_output_bias)
+        if not self.reads_actions:
+            return self._of_one_input(features, self.query_features, *rest)
         length, width = features.shape[1:]
         padded = jnp.pad(actions, [(0, 0), (0, self.steps), (0, 0)])
         positions = 1 + jnp.arange(length)[:, None] + jnp.arange(self.steps - 1)
@@ -72,18 +78,23 @@ class ContrastiveHeads(nnx.Module):
             return self._finish(hidden, *rest).reshape(*features.shape[:2], -1)
 
         actions_kernels = self.query_actions[...] * self._action_mask()
-        rest = (self.query_bias, self.query_output, self.query_output_bias)
         return jax.vmap(query)(self.query_features[...], actions_kernels, *(param[...] for param in rest))
 
     def keys(self, latent: Float[Array, "batch time latent"]) -> Float[Array, "step batch time size"]:
         """Key of every k for the latent of every position."""
-        rows = latent.reshape(-1, latent.shape[-1]).astype(self.dtype)
-
-        def key(kernel: Array, *rest: Array) -> Array:
-            return self._finish(rows @ kernel.astype(self.dtype), *rest).reshape(*latent.shape[:2], -1)
-
         rest = (self.key_bias, self.key_output, self.key_output_bias)
-        return jax.vmap(key)(self.key_latent[...], *(param[...] for param in rest))
+        return self._of_one_input(latent, self.key_latent, *rest)
+
+    def _of_one_input(
+        self, inputs: Float[Array, "batch time width"], kernel: nnx.Param, *rest: nnx.Param
+    ) -> Float[Array, "step batch time size"]:
+        """Every k's head of inputs that all heads share."""
+        rows = inputs.reshape(-1, inputs.shape[-1]).astype(self.dtype)
+
+        def head(kernel: Array, *rest: Array) -> Array:
+            return self._finish(rows @ kernel.astype(self.dtype), *rest).reshape(*inputs.shape[:2], -1)
+
+        return jax.vmap(head)(kernel[...], *(param[...] for param in rest))
 
     def _finish(self, hidden: Array, bias: Array, output: Array, output_bias: Array) -> Array:
         """One head from its first product on: bias, ELU, linear, ELU."""

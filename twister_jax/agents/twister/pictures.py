@@ -47,14 +47,14 @@ def open_loop_picture(
         action, key = inputs
         deter, cache = model.step(latent, action, cache, position_table)
         latent = model.prior(deter).draw(key).reshape(batch, -1)
-        return (latent, cache), latent
+        return (latent, cache), (latent, deter)
 
     actions = jnp.swapaxes(seen.actions[:, context:columns], 0, 1)
     keys = jax.random.split(key_imagine, columns - context)
-    _, latent = jax.lax.scan(step, (start.latent[here], cache), (actions, keys))
+    _, foreseen = jax.lax.scan(step, (start.latent[here], cache), (actions, keys))
 
-    reconstructed = model.decoder(seen.latent[:, :columns])
-    foreseen = model.decoder(jnp.swapaxes(latent, 0, 1))
-    imagined = jnp.concatenate([reconstructed[:, :context], foreseen], axis=1)
+    reconstructed = model.decode(seen.latent[:, :columns], seen.deter[:, :columns])
+    decoded = model.decode(*(jnp.swapaxes(x, 0, 1) for x in foreseen))
+    imagined = jnp.concatenate([reconstructed[:, :context], decoded], axis=1)
     rows = jnp.stack([images[:, :columns], reconstructed, imagined], axis=1)
     return tile(rows.reshape(batch * 3, *rows.shape[2:]))

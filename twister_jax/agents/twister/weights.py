@@ -177,10 +177,12 @@ def _read_contrastive(weights: dict[str, np.ndarray], config: TwisterModelConfig
             tree, (ours,), np.stack([read(weights[f"contrastive_network.{k}.{name}"]) for k in range(steps)])
         )
     first = [weights[f"contrastive_network.{k}.mlp_feats.layers.0.0.weight"].T for k in range(steps)]
+    _put(tree, ("query_features",), np.stack([kernel[: config.feature_size] for kernel in first]))
+    if not config.contrastive_actions or steps == 1:
+        return tree
     action_kernel = np.zeros((steps, steps - 1, actions, size), np.float32)
     for k, kernel in enumerate(first):
         action_kernel[k, :k] = kernel[config.feature_size :].reshape(k, actions, size)
-    _put(tree, ("query_features",), np.stack([kernel[: config.feature_size] for kernel in first]))
     _put(tree, ("query_actions",), action_kernel)
     return tree
 
@@ -191,8 +193,10 @@ def _write_contrastive(tree: Tree, config: TwisterModelConfig) -> dict[str, np.n
         prefix = f"contrastive_network.{k}."
         for name, ours, write in _STACKED:
             published[prefix + name] = write(np.asarray(tree[ours])[k])
-        features, actions = np.asarray(tree["query_features"])[k], np.asarray(tree["query_actions"])[k, :k]
-        first = np.concatenate([features, actions.reshape(-1, features.shape[-1])])
+        first = np.asarray(tree["query_features"])[k]
+        if "query_actions" in tree:
+            actions = np.asarray(tree["query_actions"])[k, :k]
+            first = np.concatenate([first, actions.reshape(-1, first.shape[-1])])
         published[prefix + "mlp_feats.layers.0.0.weight"] = first.T
     return published
 

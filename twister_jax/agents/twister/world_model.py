@@ -64,14 +64,14 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """From the latent alone back to the image, by four transposed convolutions."""
+    """Back to the image, by four transposed convolutions: from the latent alone, or from (z, h)."""
 
     def __init__(self, channels_out: int, config: TwisterModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.dtype = dtype
         widths = [config.cnn_channels * 2**i for i in (3, 2, 1, 0)] + [channels_out]
         self.start = (IMAGE_SIZE // 16, IMAGE_SIZE // 16, widths[0])
         self.project = Linear(
-            config.latent_size,
+            config.feature_size if config.decoder_reads_state else config.latent_size,
             widths[0] * (IMAGE_SIZE // 16) ** 2,
             kernel_init=logits_init,
             dtype=dtype,
@@ -87,13 +87,13 @@ class Decoder(nnx.Module):
         self.norms = nnx.List([layer_norm(width, 1e-3, dtype=dtype, rngs=rngs) for width in widths[1:-1]])
         self.bias = nnx.Param(jnp.zeros(channels_out))
 
-    def __call__(self, latent: Float[Array, "*batch latent"]) -> Float[Array, "*batch height width channel"]:
+    def __call__(self, inputs: Float[Array, "*batch input"]) -> Float[Array, "*batch height width channel"]:
         """Images in [−0.5, 0.5], float32."""
-        x = self.project(latent.reshape(-1, latent.shape[-1])).reshape(-1, *self.start)
+        x = self.project(inputs.reshape(-1, inputs.shape[-1])).reshape(-1, *self.start)
         for kernel, epilogue in zip(self.kernels, [*map(norm_silu, self.norms), None], strict=True):
             x = conv2d_transpose(x, kernel[...].astype(self.dtype), stride=2, padding=1, epilogue=epilogue)
         x = x.astype(jnp.float32) + self.bias[...]
-        return x.reshape(*latent.shape[:-1], *x.shape[1:])
+        return x.reshape(*inputs.shape[:-1], *x.shape[1:])
 
 
 class Observed(NamedTuple):
@@ -147,7 +147,7 @@ class WorldModel(nnx.Module):
         self.contrastive = ContrastiveHeads(
             features,
             latent,
-            spec.num_actions,
+            spec.num_actions if config.contrastive_actions else 0,
             config.contrastive_steps,
             config.contrastive_size,
             dtype=dtype,
@@ -178,6 +178,12 @@ class WorldModel(nnx.Module):
         for layer in self.action_mixer:
             x = layer(x)
         return x
+
+    def decode(
+        self, latent: Float[Array, "*batch latent"], deter: Float[Array, "*batch hidden"]
+    ) -> Float[Array, "*batch height width channel"]:
+        """Images in [−0.5, 0.5] of states; as published, h has no say in them."""
+        return self.decoder(features(latent, deter) if self.config.decoder_reads_state else latent)
 
     def reward(self, features: Float[Array, "*batch feature"]) -> SymlogTwoHot:
         """Reward that came with a state."""
@@ -283,7 +289,7 @@ def world_model_loss(
     seen = model.observe(posterior, windows.action, windows.is_first, sampler, dropout_key)
     posterior_features = features(seen.latent, seen.deter)
 
-    decoded = model.decoder(seen.latent)
+    decoded = model.decode(seen.latent, seen.deter)
     reward = model.reward(posterior_features)
     continues = model.continues(posterior_features)
 

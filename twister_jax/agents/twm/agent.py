@@ -1,5 +1,6 @@
 """TWM as one agent: init, act, sample, learn. `learn` reads like the paper's algorithm 1."""
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -136,7 +137,8 @@ class Twm:
 
     def sample(self, replay: Replay, key: PRNGKeyArray, shards: int = 1) -> tuple[TwmBatch, Replay]:
         """Windows, those seen least most often, and single observations."""
-        config, temperature = self.config, self.config.sampling_temperature
+        config = self.config
+        temperature = config.sampling_temperature if config.balanced_sampling else math.inf
         key_windows, key_fresh = jax.random.split(key)
         windows, replay = replay_windows.sample_balanced(
             replay, key_windows, config.batch_size // shards, config.batch_length + 2, self.stack, temperature

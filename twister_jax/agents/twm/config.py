@@ -76,6 +76,8 @@ class TwmConfig(AlgorithmConfig):
     """Steps of an imagined rollout."""
     restart_frames: PositiveInt = 256
     """Replay frames encoded per update for rollouts to restart from; more restarts reuse them in turn."""
+    balanced_sampling: bool = True
+    """Draw windows less often the more often they were drawn before; otherwise all alike."""
     sampling_temperature: Positive = 20.0
     """Balanced replay: a window drawn v times before has weight exp(-v / temperature)."""
     model: TwmModelConfig = TwmModelConfig()
