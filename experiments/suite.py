@@ -1,15 +1,17 @@
 """A suite: a small file that says which runs there are; and the plan that it becomes in its directory.
 
+```toml
 preset = "paper"                      # of every run
-games = ["Pong", "dmc:walker_walk"]
+games = ["Pong", "Catch"]
 seeds = [0, 1, 2, 3, 4]
 overrides = { precision = "float32" } # fields of every run, by dotted name
-score_range = [0, 1000]               # what counts as 0 and 1 in games without human scores
+score_range = [-1, 1]                 # what counts as 0 and 1 in games without human scores
 register = "my_package:register"      # called first, where agents or suites are your own
 
 [sets.NAME]                           # at least one: runs whose scores belong together
 agent = "..."
 overrides = { "train.steps" = 1000 }  # of this set, on top
+```
 """
 
 import dataclasses
@@ -193,7 +195,7 @@ def plan(suite: Suite) -> Plan:
             folder = config.game.replace(":", "-").replace("/", "-")
             runs += [
                 PlannedRun(
-                    directory=f"{name}/{folder}-seed{seed}",
+                    directory=f"{name}/{folder}/seed{seed}",
                     set=name,
                     agent=chosen.agent,
                     preset=suite.preset,

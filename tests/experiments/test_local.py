@@ -44,7 +44,7 @@ def test_a_suite_is_trained_once(tmp_path, fake, capsys):
     assert run(tmp_path, "--sets", "twister") == 0
     assert "2 finished" in capsys.readouterr().out
     before = starts(tmp_path)
-    assert set(before) == {"smoke/twister/Catch-seed0", "smoke/twister/Catch-seed1"}
+    assert set(before) == {"smoke/twister/Catch/seed0", "smoke/twister/Catch/seed1"}
     assert run(tmp_path) == 0
     said = capsys.readouterr().out
     assert "4 runs, 2 finished" in said
@@ -54,10 +54,10 @@ def test_a_suite_is_trained_once(tmp_path, fake, capsys):
 
 
 def test_a_failure_is_told_with_its_last_line_and_tried_again_while_others_go_on(tmp_path, fake, capsys):
-    fake(fail="twm/Catch-seed0", times=2)
+    fake(fail="twm/Catch/seed0", times=2)
     assert run(tmp_path, "--attempts", 2) == 1
     said = capsys.readouterr().out
-    folder = tmp_path / "smoke/twm/Catch-seed0"
+    folder = tmp_path / "smoke/twm/Catch/seed0"
     reason = f"exit code 2: twister_jax: cannot start: out of luck; log {folder}/train.log"
     assert f"failed twm Catch seed 0: {reason}; trying again" in said
     assert f"failed twm Catch seed 0: {reason} (" in said
@@ -129,7 +129,7 @@ def test_nothing_goes_on_when_the_launcher_is_killed(tmp_path):
 def test_a_run_that_another_process_holds_is_waited_for(tmp_path, fake, capsys):
     import fcntl
 
-    folder = tmp_path / "smoke/twister/Catch-seed0"
+    folder = tmp_path / "smoke/twister/Catch/seed0"
     folder.mkdir(parents=True)
     held = (folder / "run.lock").open("w")
     fcntl.flock(held, fcntl.LOCK_EX)

@@ -11,7 +11,7 @@ from tests.experiments import simulated
 @pytest.fixture
 def packed(tmp_path):
     directory = simulated.write_suite(tmp_path, {"Pong": [20.0, 18.0], "Breakout": [30.0]})
-    state = directory / "twister/Pong-seed0/checkpoints/000100000-0/state"
+    state = directory / "twister/Pong/seed0/checkpoints/000100000-0/state"
     state.mkdir(parents=True)
     (state / "weights").write_bytes(b"w" * 100)
     (state.parent / "visits.npy").write_bytes(b"not for others")
@@ -23,9 +23,9 @@ def packed(tmp_path):
 def test_a_pack_says_what_is_in_it(packed, capsys):
     manifest = json.loads((packed / "manifest.json").read_text())
     assert (manifest["suite"], manifest["runs"]) == ("some", 3)
-    assert manifest["missing"] == ["twister/Breakout-seed1"]
+    assert manifest["missing"] == ["twister/Breakout/seed1"]
     assert manifest["commits"] == ["0" * 40]
-    assert manifest["files"]["twister/Pong-seed0/checkpoints/000100000-0/state/weights"]["bytes"] == 100
+    assert manifest["files"]["twister/Pong/seed0/checkpoints/000100000-0/state/weights"]["bytes"] == 100
     assert not list(packed.rglob("visits.npy"))
     assert main(["aggregate", str(packed), "--partial", "--out", str(packed.parent / "out")]) == 0
 
@@ -39,7 +39,7 @@ def test_a_pack_says_what_is_in_it(packed, capsys):
     ],
 )
 def test_a_changed_pack_is_refused(packed, change, message, capsys):
-    change(packed / "twister/Pong-seed0/evaluation.json")
+    change(packed / "twister/Pong/seed0/evaluation.json")
     assert main(["aggregate", str(packed), "--partial"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line

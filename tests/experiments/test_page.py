@@ -18,7 +18,7 @@ SCORES = {"Pong": [20.0, 18.0, 19.0], "Breakout": [30.0, 40.0, 20.0]}
 def test_the_page_holds_every_figure_and_needs_nothing_else(tmp_path):
     ours = simulated.write_suite(tmp_path, SCORES, name="ours")
     simulated.write_suite(tmp_path, SCORES, agent="twm", name="theirs")
-    (ours / "twister/Pong-seed1/report.html").write_text("a report")
+    (ours / "twister/Pong/seed1/report.html").write_text("a report")
     out = tmp_path / "out"
     arguments = ["plot", str(ours), str(tmp_path / "theirs"), "--against", "simulus", "twister"]
     assert main([*arguments, "--out", str(out)]) == 0
@@ -28,7 +28,7 @@ def test_the_page_holds_every_figure_and_needs_nothing_else(tmp_path):
     page = (out / "index.html").read_text()
     assert page.count("<svg") == 4
     links = re.findall(r'(?:src|href)="([^#"]+)"', page)
-    assert "../ours/twister/Pong-seed1/report.html" in links
+    assert "../ours/twister/Pong/seed1/report.html" in links
     assert all((out / link).exists() for link in links)
     assert "environment steps (1 step = 4 frames)" in page
     ids = [name for name in re.findall(r'<clipPath id="([^"]+)"', page)]

@@ -86,7 +86,7 @@ def test_a_killed_worker_is_replaced_and_its_run_goes_on(tmp_path):
     process = start(
         "run", tmp_path / "third.toml", "--root", tmp_path, "--launcher", "ray", "--cpus", "1", HOME=str(home)
     )
-    folder = tmp_path / "third/minimal/slider-easy-seed0"
+    folder = tmp_path / "third/minimal/slider-easy/seed0"
     wait_for(lambda: process.poll() is not None or any((folder / "checkpoints").glob("0*")))
     assert process.poll() is None, process.communicate()[0]
     record = runs.read_json(folder / runs.RECORD)
@@ -109,7 +109,7 @@ def test_a_killed_worker_is_replaced_and_its_run_goes_on(tmp_path):
 def test_a_signal_lets_tasks_save(tmp_path):
     (tmp_path / "third.toml").write_text(SUITE.replace("4000", "400000"))
     process = start("run", tmp_path / "third.toml", "--root", tmp_path, "--launcher", "ray")
-    folder = tmp_path / "third/minimal/slider-easy-seed0"
+    folder = tmp_path / "third/minimal/slider-easy/seed0"
     wait_for(lambda: process.poll() is not None or any((folder / "checkpoints").glob("0*")))
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=200)

@@ -70,7 +70,7 @@ def test_a_folder_of_runs_without_a_plan_has_a_set_per_agent(tmp_path):
 
 def test_missing_runs_are_refused_or_counted(tmp_path, capsys):
     directory = simulated.write_suite(tmp_path, {"Pong": [1.0, 2.0, 3.0], "Breakout": [1.0, 2.0]})
-    simulated.write_run(directory / "twister/Breakout-seed2", "Breakout", 3.0, 2, done=False)
+    simulated.write_run(directory / "twister/Breakout/seed2", "Breakout", 3.0, 2, done=False)
     message = refusal(capsys, "aggregate", directory)
     assert "1 of 6 runs are missing or unfinished (twister: Breakout seed 2)" in message
     assert main(["aggregate", str(directory), "--partial", "--json", str(tmp_path / "x.json")]) == 0

@@ -38,7 +38,7 @@ def test_a_dry_run_writes_an_array_that_bash_accepts(tmp_path, capsys):
     assert Path(found["output"]).parent.is_dir()
     jobs = json.loads(script.with_suffix(".json").read_text())["jobs"]
     assert len(jobs) == 8
-    assert ["twm/Breakout-seed1"] in jobs
+    assert ["twm/Breakout/seed1"] in jobs
     assert launch(tmp_path, "--dry-run") == 0  # the first array may still wait in the queue
     assert len(list(tmp_path.rglob("*.sh"))) == 2
 
@@ -68,8 +68,8 @@ def test_members_of_a_submitted_array_train_their_runs(tmp_path, fake, monkeypat
     assert "usage: python -m experiments job" in shown.stdout, shown.stderr
     array = script.with_suffix(".json")
     assert main(["job", str(array), "1"]) == 0
-    assert (tmp_path / "smoke/twister/Catch-seed1/evaluation.json").exists()
-    assert not (tmp_path / "smoke/twister/Catch-seed0").exists()
+    assert (tmp_path / "smoke/twister/Catch/seed1/evaluation.json").exists()
+    assert not (tmp_path / "smoke/twister/Catch/seed0").exists()
     assert main(["job", str(array), "0"]) == 0
     assert launch(tmp_path, "--games", "Catch", "--sets", "twister") == 0
     assert "2 runs, 2 finished" in capsys.readouterr().out

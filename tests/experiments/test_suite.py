@@ -3,12 +3,14 @@
 import json
 import os
 import socket
+from pathlib import Path
 
 import pytest
 
 from experiments import runs, status, suite
 from experiments.__main__ import main
 from tests.experiments import simulated
+from twister_jax import presets
 from twister_jax.errors import UserError
 
 MINE = """
@@ -25,8 +27,19 @@ overrides = { "train.steps" = 500 }
 
 @pytest.mark.parametrize("name", suite.names())
 def test_every_suite_that_is_ready_can_be_planned(name):
-    found = suite.plan(suite.load(name))
+    whole = suite.load(name)
+    found = suite.plan(suite.narrow(whole, games=whole.games[:2]))
     assert len({run.directory for run in found.runs}) == len(found.runs) > 0
+
+
+def test_the_page_of_ablations_names_each_and_each_changes_something():
+    page = (Path(__file__).parents[2] / "docs/ablations.md").read_text()
+    ablations = suite.load("ablations")
+    for name, chosen in ablations.sets.items():
+        base, _, last = name.rpartition("-")
+        assert f"`{name}`" in page or (f"`{base}-1`" in page and f"`-{last}`" in page), name
+        for field, value in chosen.overrides.items():
+            assert presets.make_config(chosen.agent) != presets.make_config(chosen.agent, **{field: value})
 
 
 def test_the_benchmark_suites_are_what_they_are_called():
@@ -42,7 +55,7 @@ def test_a_file_of_ones_own_becomes_a_plan_that_grows(tmp_path):
     mine = suite.load(str(tmp_path / "mine.toml"))
     suite.write_plan(tmp_path / "mine", suite.plan(suite.narrow(mine, ["pong"], [7], ["longer"])))
     (run,) = suite.read_plan(tmp_path / "mine").runs
-    assert (run.directory, run.steps, run.seed) == ("longer/Pong-seed7", 500, 7)
+    assert (run.directory, run.steps, run.seed) == ("longer/Pong/seed7", 500, 7)
     suite.write_plan(tmp_path / "mine", suite.plan(mine))
     assert len(suite.read_plan(tmp_path / "mine").runs) == 1 + 2 * 2 * 2
     assert len(suite.grouped(suite.plan(mine).runs, 2)) == 4
@@ -106,7 +119,7 @@ def test_a_plan_of_a_stranger_leads_nowhere_else(tmp_path):
 
 def test_the_table_says_where_every_run_stands(tmp_path, capsys):
     directory = simulated.write_suite(tmp_path, {"Pong": [20.0, 18.0], "Breakout": [30.0]})
-    halfway = simulated.write_run(directory / "twister/Breakout-seed1", "Breakout", 40.0, seed=1, done=False)
+    halfway = simulated.write_run(directory / "twister/Breakout/seed1", "Breakout", 40.0, seed=1, done=False)
     record = {"state": "running", "host": socket.gethostname(), "device": "gpu 0", "pid": os.getpid()}
     (halfway / runs.RECORD).write_text(json.dumps(record))
     assert main(["status", "some", "--root", str(tmp_path)]) == 0
@@ -126,7 +139,7 @@ def test_the_table_says_where_every_run_stands(tmp_path, capsys):
     ):
         (halfway / runs.RECORD).write_text(json.dumps({**record, **change}))
         assert runs.standing(halfway, 100_000).state == state
-    assert "failed twister/Breakout-seed1: training diverged; log" in status.show(directory)
+    assert "failed twister/Breakout/seed1: training diverged; log" in status.show(directory)
     assert runs.standing(tmp_path / "nothing", 10) == runs.Standing("waiting")
 
 
