@@ -2,7 +2,7 @@
 
 ```toml
 preset = "paper"                      # of every run
-games = ["Pong", "Catch"]
+games = ["Pong", "Boxing"]
 seeds = [0, 1, 2, 3, 4]
 overrides = { precision = "float32" } # fields of every run, by dotted name
 score_range = [-1, 1]                 # what counts as 0 and 1 in games without human scores

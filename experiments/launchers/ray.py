@@ -5,6 +5,7 @@ directory must lie on storage that all nodes share: there the run goes on from i
 """
 
 import contextlib
+import logging
 import os
 import secrets
 import shutil
@@ -117,7 +118,7 @@ def _cluster(address: str) -> Iterator[Any]:
         ray.init(
             **({"address": address} if address else own),
             log_to_driver=False,
-            logging_level="error",
+            logging_level=logging.ERROR,
             runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
         )
         yield ray

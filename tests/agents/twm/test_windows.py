@@ -95,17 +95,16 @@ def test_balanced_sampling_counts_what_it_drew(filled):
 
 
 def test_uniform_sampling_ignores_visits_and_counts_them(filled):
-    drawn = dataclasses.replace(filled, visits=filled.visits.at[:, ::2].set(1000))
     balanced = Twm(ALGORITHM, GREY, jnp.float32)
     uniform = Twm(dataclasses.replace(ALGORITHM, balanced_sampling=False), GREY, jnp.float32)
-    key = jax.random.key(0)
 
     def windows(agent, replay):
-        batch, after = jax.jit(agent.sample)(replay, key)
+        batch, after = jax.jit(agent.sample)(replay, jax.random.key(0))
         return batch.windows.frames, after.visits
 
     fresh, counted = windows(uniform, filled)
+    assert counted.sum() == ALGORITHM.batch_size
+    drawn = dataclasses.replace(filled, visits=1000 * counted)
     np.testing.assert_array_equal(windows(uniform, drawn)[0], fresh)
     np.testing.assert_array_equal(windows(balanced, filled)[0], fresh)  # where nothing was drawn yet
     assert np.any(windows(balanced, drawn)[0] != fresh)
-    assert counted.sum() == ALGORITHM.batch_size
