@@ -71,5 +71,4 @@ def test_the_environment_of_gymnasium_on_the_page_is_played_and_saved(tmp_path):
 @pytest.mark.slow
 def test_the_notebook_of_the_readme_runs(tmp_path):
     write(tmp_path, "README.md")
-    (script,) = tmp_path.glob("*.py")
-    assert "losses/image" in run(tmp_path, script)
+    assert "losses/image" in run(tmp_path, "block1.py")

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from twister_jax.randomness import Purpose, key_for
     from twister_jax.replay.store import Replay, Transition
     from twister_jax.training.load import load_run
+    from twister_jax.view.dream_env import dream_env
+    from twister_jax.view.policy import Policy, load
 
 __version__ = "0.2.0"
 
@@ -34,11 +36,14 @@ _HOMES = {
     "Agent": "agents.base",
     "Config": "config",
     "Observation": "agents.base",
+    "Policy": "view.policy",
     "Purpose": "randomness",
     "Replay": "replay.store",
     "Transition": "replay.store",
     "UserError": "errors",
+    "dream_env": "view.dream_env",
     "key_for": "randomness",
+    "load": "view.policy",
     "load_run": "training.load",
     "make_agent": "agents",
     "make_config": "presets",
@@ -50,11 +55,14 @@ __all__ = [
     "Agent",
     "Config",
     "Observation",
+    "Policy",
     "Purpose",
     "Replay",
     "Transition",
     "UserError",
+    "dream_env",
     "key_for",
+    "load",
     "load_run",
     "make_agent",
     "make_config",

@@ -1,4 +1,4 @@
-"""The command line: `python -m twister_jax train|evaluate|parity|doctor`, or `twister-jax …`.
+"""The command line: `python -m twister_jax train|evaluate|watch|dream|report|export|parity|doctor`.
 
 Bad input is answered by one line on the standard error stream and exit code 2. JAX is imported only once
 the input is known to be good.
@@ -12,11 +12,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated, Any
 
 from twister_jax import agents, envs, fields, presets
 from twister_jax.config import Config
 from twister_jax.errors import UserError
-from twister_jax.fields import NonNegativeInt, did_you_mean
+from twister_jax.fields import NonNegativeInt, PositiveInt, Range, did_you_mean
 from twister_jax.runtime import start_jax
 from twister_jax.training.progress import say
 
@@ -25,6 +26,10 @@ HELP = f"""usage: {PROGRAM} COMMAND [OPTIONS]
 
   train      train an agent, or go on with a run that was interrupted
   evaluate   play full games with a run's newest checkpoint and write evaluation.json
+  watch      play full games and write the best, the median and the worst as videos
+  dream      what the world model foresees, as pictures, videos and errors against the horizon
+  report     one HTML file about a run, or a comparison of several
+  export     the policy as one file, for `load` or as ONNX
   parity     recompute a fixture with this program's functions and compare
   doctor     check that this machine can run it all
 
@@ -40,6 +45,56 @@ class EvaluateOptions:
     """Run directory (required)."""
     episodes: NonNegativeInt = 0
     """Full games played; 0 means as many as the run's configuration says."""
+    step: NonNegativeInt = 0
+    """Step of the checkpoint; 0 means the newest."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WatchOptions:
+    """Plays full games by the evaluation's protocol; writes MP4s and a contact sheet into LOGDIR/videos."""
+
+    logdir: str = ""
+    """Run directory (required)."""
+    episodes: PositiveInt = 10
+    """Full games played, of which the best, the median and the worst are shown."""
+    step: NonNegativeInt = 0
+    """Step of the checkpoint; 0 means the newest."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DreamOptions:
+    """Shows what the world model foresees, and how far it can be trusted; writes into LOGDIR/dreams."""
+
+    logdir: str = ""
+    """Run directory (required)."""
+    starts: Annotated[int, Range(4, 10_000)] = 64
+    """Windows of real play that errors are averaged over."""
+    horizon: Annotated[int, Range(1, 1_000)] = 32
+    """Steps foreseen."""
+    step: NonNegativeInt = 0
+    """Step of the checkpoint; 0 means the newest."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportOptions:
+    """Writes one HTML file about a run, finished or not; about several, a comparison."""
+
+    logdir: tuple[str, ...] = ()
+    """Run directories (required; `report RUN RUN` does too)."""
+    out: str = ""
+    """The file to write; empty means report.html in the (first) run directory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """Writes the policy, with its settings, scores and provenance, as one file that holds no code."""
+
+    logdir: str = ""
+    """Run directory (required)."""
+    out: str = ""
+    """The file to write, .safetensors or .onnx; empty means policy.safetensors in the run directory."""
+    license: str = "Apache-2.0"
+    """Of the weights, as the file will say."""
     step: NonNegativeInt = 0
     """Step of the checkpoint; 0 means the newest."""
 
@@ -96,7 +151,21 @@ def train(arguments: list[str]) -> int:
     config = presets.complete(config)
     say(f"{config.agent} on {config.game}, preset {config.preset}, seed {config.seed} → {config.logdir}")
     say(presets.differences_from_paper(config))
-    return run(config)
+    code = run(config)
+    if code == 0:
+        _report_at_the_end(Path(config.logdir))
+    return code
+
+
+def _report_at_the_end(directory: Path) -> None:
+    """Training has succeeded, whatever becomes of its report."""
+    from twister_jax.view.report import write
+
+    try:
+        write([directory], directory / "report.html")
+        say(f"report → {directory / 'report.html'}")
+    except UserError as error:
+        say(f"no report: {error}")
 
 
 def evaluate(arguments: list[str]) -> int:
@@ -108,6 +177,61 @@ def evaluate(arguments: list[str]) -> int:
 
     overrides = {"evaluation.episodes": options.episodes} if options.episodes else {}
     return evaluate_directory(options.logdir, options.step or None, overrides)
+
+
+def watch(arguments: list[str]) -> int:
+    """`watch`: full games as videos."""
+    options = _parse(WatchOptions(), arguments, "watch", required="logdir")
+    policy = _load(options.logdir, options.step)
+    from twister_jax.view.watch import watch as run
+
+    stem = f"watch-{policy.about['env_steps']:07d}"
+    run(policy, Path(options.logdir) / "videos", options.episodes, stem=stem)
+    return 0
+
+
+def dream(arguments: list[str]) -> int:
+    """`dream`: what the world model foresees."""
+    options = _parse(DreamOptions(), arguments, "dream", required="logdir")
+    policy = _load(options.logdir, options.step)
+    from twister_jax.view.dream import dream as run
+
+    run(policy, Path(options.logdir) / "dreams", options.starts, options.horizon)
+    return 0
+
+
+def report(arguments: list[str]) -> int:
+    """`report`: a run, or several, as one HTML file."""
+    options = _parse(ReportOptions(), arguments, "report", required="logdir")
+    directories = [Path(name) for name in options.logdir]
+    for directory in directories:
+        presets.read_config(directory)
+    from twister_jax.view.report import write
+
+    out = Path(options.out) if options.out else directories[0] / "report.html"
+    write(directories, out)
+    say(f"→ {out}")
+    return 0
+
+
+def export(arguments: list[str]) -> int:
+    """`export`: the policy as one file."""
+    options = _parse(ExportOptions(), arguments, "export", required="logdir")
+    policy = _load(options.logdir, options.step)
+    from twister_jax.view.export import export as run
+
+    out = Path(options.out) if options.out else Path(options.logdir) / "policy.safetensors"
+    say(run(policy, out, options.license))
+    return 0
+
+
+def _load(logdir: str, step: int) -> Any:
+    """The policy of a run directory."""
+    presets.read_config(Path(logdir))  # refuses before JAX is imported
+    start_jax()
+    from twister_jax.view.policy import load
+
+    return load(logdir, step or None)
 
 
 def parity(arguments: list[str]) -> int:
@@ -130,6 +254,10 @@ def doctor(arguments: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
+    "watch": watch,
+    "dream": dream,
+    "report": report,
+    "export": export,
     "parity": parity,
     "doctor": doctor,
 }

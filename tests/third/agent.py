@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from tests.third import MinimalConfig
-from twister_jax.agents.base import Agent, Health, Pretraining
+from twister_jax.agents.base import Agent, Dream, Glimpse, Health, Pretraining
 from twister_jax.replay import store
 
 
@@ -59,6 +59,22 @@ def make_agent(config, spec):
     def report(state, replay, key):
         return {"frame": store.sample(replay, key, 1, 1).image[0, 0]}
 
+    # Its world model expects that all stays as it was last seen, and that every action is worth its share.
+    def begin(state, num_envs):
+        return {"image": jnp.zeros((num_envs, *spec.image_shape)), "reward": jnp.zeros(num_envs)}
+
+    def observe(state, mind, step, key):
+        return {"image": step.image / 255.0, "reward": step.reward}
+
+    def imagine(state, mind, action, key):
+        return mind | {"reward": jnp.mean(action, -1)}
+
+    def look(state, mind):
+        return Glimpse(mind["image"], mind["reward"], jnp.full_like(mind["reward"], 0.9), mind["reward"] + 1)
+
+    def policy(state, mind, key):
+        return jnp.broadcast_to(jax.nn.one_hot(0, spec.num_actions), (len(mind["reward"]), spec.num_actions))
+
     phases = (("warm_up", algorithm.warm_up), ("second", algorithm.second))
     return Agent(
         init=init,
@@ -74,6 +90,7 @@ def make_agent(config, spec):
         tokens_per_update=algorithm.batch_size * algorithm.batch_length,
         headline="losses/image",
         parts=("sample", "work"),
+        dream=Dream(begin, observe, imagine, look, policy, lambda reward: reward),
         pretraining=tuple(
             Pretraining(sample, partial(learn, scale=2.0), name, count) for name, count in phases if count
         ),

@@ -43,8 +43,8 @@ class Preset:
 class AgentPackage:
     """What an agent brings.
 
-    Its functions are found by their place: `agent.make_agent(config, spec)`, and for agents with fixtures
-    `parity.compare(sizes, fixture, dtype)`.
+    Its functions are found by their place: `agent.make_agent(config, spec)`; for agents with fixtures
+    `parity.compare(sizes, fixture, dtype)` and `weights.state_of_published(weights, algorithm, spec)`.
     """
 
     title: str
@@ -57,6 +57,8 @@ class AgentPackage:
     """A fixture with a weight `param/PREFIX…` is of this agent."""
     published_flops: float | None = None
     """Operations of one update of preset `paper`, as the published formulation computes it."""
+    exports_onnx: bool = False
+    """Whether there is an `onnx.policy_as_onnx(state, algorithm, spec, about)`."""
 
     def function(self, file: str, name: str) -> Callable[..., Any]:
         """One of the package's functions; imports JAX."""
@@ -100,8 +102,15 @@ def make_agent(config: Config, spec: "EnvSpec") -> "Agent":
     agent: Agent = package(config.agent).function("agent", "make_agent")(config, spec)
     names = ("act", "act_evaluate", "learn", "report")
     exact: dict[str, Any] = {name: in_precision(getattr(agent, name), config.precision) for name in names}
+    dream = agent.dream and dataclasses.replace(
+        agent.dream,
+        **{
+            name: in_precision(getattr(agent.dream, name), config.precision)
+            for name in ("observe", "imagine", "look", "policy")
+        },
+    )
     phases = tuple(
         dataclasses.replace(phase, learn=in_precision(phase.learn, config.precision))
         for phase in agent.pretraining
     )
-    return dataclasses.replace(agent, **exact, pretraining=phases)
+    return dataclasses.replace(agent, **exact, pretraining=phases, dream=dream)

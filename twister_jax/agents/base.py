@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, UInt8
 from twister_jax.config import OptimizerConfig
 from twister_jax.nn.networks import Params
 from twister_jax.nn.optimizer import apply_gradients, make_optimizer
+from twister_jax.replay.store import Transition
 
 State = Any
 """One pytree with everything that learns: parameters, optimisers, averages, counters."""
@@ -25,6 +26,8 @@ Batch = Any
 """Everything that one update reads of the replay."""
 Carry = Any
 """What acting remembers of each environment between two steps."""
+Mind = Any
+"""What a world model remembers of each sequence, and where it stands."""
 Metrics = dict[str, Float[Array, ""]]
 Losses = dict[str, Float[Array, ""]]
 """Unscaled loss terms by name."""
@@ -76,6 +79,15 @@ class Trained:
         finite[f"{name}_gradient"] = jnp.isfinite(norm)
         stepped = Trained(self.params | {name: params}, self.optimizers | {name: optimizer})
         return stepped, norm, finite
+
+
+def acting_part(state: State) -> State:
+    """A state without its optimisers, which neither acting nor dreaming reads."""
+
+    def is_trained(node: Any) -> bool:
+        return isinstance(node, Trained)
+
+    return jax.tree.map(lambda x: Trained(x.params, {}) if is_trained(x) else x, state, is_leaf=is_trained)
 
 
 @struct.dataclass
@@ -147,6 +159,40 @@ class Learner:
         return state, replay, metrics
 
 
+class Glimpse(NamedTuple):
+    """What a world model makes of the step that each sequence stands at."""
+
+    image: Float[Array, "*batch height width channel"]
+    """Decoded, in [0, 1] but for what the decoder overshoots; the newest frame where it sees several."""
+    reward: Float[Array, "*batch"]
+    """Predicted of the reward that came with the step, as `Dream.learned_reward` gives it."""
+    continues: Float[Array, "*batch"]
+    """Predicted probability that the episode goes on."""
+    value: Float[Array, "*batch"]
+    """The critic's, of what is to come."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dream:
+    """A world model step by step: it may be shown a real step, or foresee one.
+
+    Attributes:
+      begin: (state, number of sequences) -> mind that has seen nothing; a step with `is_first` comes next.
+      observe: (state, mind, step, key) -> mind after a real step of each sequence.
+      imagine: (state, mind, action [env, num_actions], key) -> mind after the step that it expects.
+      look: (state, mind) -> `Glimpse` of where it stands.
+      policy: (state, mind, key) -> action [env, num_actions], sampled.
+      learned_reward: what the model is taught of a game's reward.
+    """
+
+    begin: Callable[[State, int], Mind]
+    observe: Callable[[State, Mind, Transition, PRNGKeyArray], Mind]
+    imagine: Callable[[State, Mind, Float[Array, "env action"], PRNGKeyArray], Mind]
+    look: Callable[[State, Mind], Glimpse]
+    policy: Callable[[State, Mind, PRNGKeyArray], Float[Array, "env action"]]
+    learned_reward: Callable[[Array], Array]
+
+
 @dataclasses.dataclass(frozen=True)
 class Pretraining(Learner):
     """A training phase between prefill and the interleaved loop: `updates` updates of its own kind."""
@@ -173,6 +219,7 @@ class Agent(Learner):
       tokens_per_update: replayed environment steps through the world model in one update (B·L).
       headline: the metric that the progress line shows.
       pretraining: phases between prefill and the loop, in order; empty for most agents.
+      dream: its world model step by step; None for agents without one, which cannot be looked into.
     """
 
     init: Callable[[PRNGKeyArray], State]
@@ -189,6 +236,7 @@ class Agent(Learner):
     shared_sizes: Mapping[str, int]
     parts: tuple[str, ...] = ()
     pretraining: tuple[Pretraining, ...] = ()
+    dream: Dream | None = None
 
     def update_in_turn(
         self, states: State, replays: Any, keys: Key[Array, " seed"]

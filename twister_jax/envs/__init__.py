@@ -8,7 +8,8 @@ from twister_jax.fields import did_you_mean
 
 if TYPE_CHECKING:
     from twister_jax.config import EnvConfig
-    from twister_jax.envs.base import Suite, VectorEnv
+    from twister_jax.envs.base import Suite
+    from twister_jax.envs.vector import SerialVectorEnv
 
 SUITES: dict[str, str] = {
     "catch": "twister_jax.envs.catch",
@@ -74,7 +75,7 @@ def full_name(game: str) -> str:
 
 def make_vector_env(
     game: str, settings: "EnvConfig | None", num_envs: int, seed: int, *, evaluation: bool = False
-) -> "VectorEnv":
+) -> "SerialVectorEnv":
     """Environments of one game, after a probe on a throwaway one.
 
     Args:

@@ -180,6 +180,10 @@ class AtariEnv:
         episode = self._episode(truncated=cut) if over or cut else None
         return Step(self._image(), reward, over or life_ends, False, episode)
 
+    def screen(self) -> UInt8[np.ndarray, "height width 3"]:
+        """See `Screen`: the emulator's newest frame alone, in colours."""
+        return self._emulator.ale.getScreenRGB()
+
     def get_state(self) -> dict[str, Any]:
         """See `Env`."""
         return {

@@ -115,6 +115,15 @@ class Env(Protocol):
         ...
 
 
+@runtime_checkable
+class Screen(Protocol):
+    """An environment with a screen of its own size and colours; of others people see the observation."""
+
+    def screen(self) -> UInt8[np.ndarray, "height width 3"]:
+        """What the newest step looks like; changes nothing."""
+        ...
+
+
 class EnvStep(NamedTuple):
     """What stepping all environments once returned; the fields mean what `Step`'s do."""
 

@@ -9,8 +9,9 @@ from operator import methodcaller
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 
-from twister_jax.envs.base import Env, EnvSpec, EnvStep, Step
+from twister_jax.envs.base import Env, EnvSpec, EnvStep, Screen, Step
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +96,14 @@ class SerialVectorEnv:
         """See `VectorEnv`."""
         image = self._last[env].image
         self._retired[env] = Step(image, reward=0.0, terminal=False, is_first=False, episode=None)
+
+    def screen(self, env: int) -> UInt8[np.ndarray, "height width 3"]:
+        """What people see of an environment that has been reset: its own screen where it has one."""
+        shown = self._envs[env]
+        if isinstance(shown, Screen):
+            return shown.screen()
+        image = self._last[env].image
+        return np.broadcast_to(image, (*image.shape[:2], 3))
 
     def get_state(self) -> bytes:
         """See `VectorEnv`."""

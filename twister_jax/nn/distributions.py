@@ -14,6 +14,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from twister_jax.randomness import uniform
+
 
 def symlog(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """sign(x)·ln(1 + |x|) (Hafner et al. 2023, arXiv:2301.04104, eq. 9)."""
@@ -55,7 +57,7 @@ class OneHot:
         # A cumulative sum as a product with a triangular matrix: XLA's own is quadratic and unfused.
         triangle = np.triu(np.ones((classes, classes), probs.dtype))
         cumulative = jnp.matmul(probs, triangle, precision=jax.lax.Precision.HIGHEST)
-        u = jax.random.uniform(key, (*probs.shape[:-1], 1)) * cumulative[..., -1:]
+        u = uniform(key, (*probs.shape[:-1], 1)) * cumulative[..., -1:]
         index = jnp.sum(cumulative <= u, axis=-1)
         return jax.nn.one_hot(jnp.minimum(index, classes - 1), classes, dtype=probs.dtype)
 

@@ -1,23 +1,45 @@
 """The small parts that networks consist of: initialisers, linear layers, norms and heads."""
 
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from twister_jax.nn.kernels import norm_silu, product
+from twister_jax.randomness import truncated_normal, uniform
 
 Initializer = Callable[..., Array]
 Network = TypeVar("Network", bound=nnx.Module)
 
-trunk_init: Initializer = nnx.initializers.variance_scaling(1.0, "fan_avg", "truncated_normal")
-"""Normal truncated at two standard deviations, sigma = sqrt(2 / (fan_in + fan_out)) / 0.8796."""
 
-logits_init: Initializer = nnx.initializers.xavier_uniform()
+def _fans(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Inputs and outputs of a kernel: its last two axes, times the pixels that it covers."""
+    pixels = math.prod(shape[:-2])
+    return pixels * shape[-2], pixels * shape[-1]
+
+
+def scaled_uniform(scale: float, fan: Callable[[int, int], float]) -> Initializer:
+    """Uniform with the variance scale / fan(inputs, outputs), as `jax.nn.initializers.variance_scaling`."""
+
+    def init(key, shape, dtype=jnp.float32):
+        variance = jnp.float32(scale / fan(*_fans(shape)))
+        return (uniform(key, shape, -1.0) * jnp.sqrt(3 * variance)).astype(dtype)
+
+    return init
+
+
+def trunk_init(key, shape, dtype=jnp.float32):
+    """Normal truncated at two standard deviations, sigma = sqrt(2 / (fan_in + fan_out)) / 0.8796."""
+    sigma = jnp.sqrt(jnp.float32(2.0 / sum(_fans(shape)))) / jnp.float32(0.87962566103423978)
+    return (truncated_normal(key, shape) * sigma).astype(dtype)
+
+
+logits_init = scaled_uniform(2.0, lambda inputs, outputs: inputs + outputs)
+"""Xavier's: uniform in ±sqrt(6 / (fan_in + fan_out))."""
 
 
 def uniform_fan_in(fan_in: int) -> Initializer:
@@ -25,7 +47,7 @@ def uniform_fan_in(fan_in: int) -> Initializer:
     bound = fan_in**-0.5
 
     def init(key, shape, dtype=jnp.float32):
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
+        return uniform(key, shape, -bound, bound).astype(dtype)
 
     return init
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from twister_jax import envs, files
 from twister_jax.agents.base import Agent, State
 from twister_jax.config import Config
-from twister_jax.envs.base import Episode, VectorEnv
+from twister_jax.envs.base import EnvStep, Episode, VectorEnv
 from twister_jax.errors import UserError
 from twister_jax.randomness import Purpose, generator_for, key_for
 from twister_jax.training.load import load_run
@@ -24,6 +24,9 @@ from twister_jax.training.signals import Interrupted, Signals
 from twister_jax.training.state import MakeEnv, observe
 
 FILE = "evaluation.json"
+
+OnStep = Callable[[np.ndarray | None, EnvStep], None]
+"""Sees the actions of all environments [env, num_actions], and the step that came of them."""
 
 
 def games_per_env(episodes: int, num_envs: int) -> list[int]:
@@ -43,8 +46,11 @@ def play(
     seed: int,
     progress: Progress | None = None,
     signals: Signals | None = None,
+    on_step: OnStep = lambda action, step: None,
 ) -> list[Episode]:
     """Plays `games[i]` full games in environment i.
+
+    `on_step` is shown everything: the reset with the action None, then every action and what came of it.
 
     Returns:
       Every counted game, by environment and then in order.
@@ -54,6 +60,7 @@ def play(
     """
     signals = signals or Signals()
     step = env.reset()
+    on_step(None, step)
     observation = observe(step)
     carry = jax.jit(lambda state: agent.init_carry(state, env.num_envs))(state)
     traced = trace(agent.act_evaluate, state, carry, observation, key_for(seed, Purpose.EVALUATE))
@@ -62,7 +69,9 @@ def play(
     count = 0
     while any(len(mine) < wanted for mine, wanted in zip(played, games, strict=True)):
         action, carry = act(state, carry, observation, key_for(seed, Purpose.EVALUATE, count))
-        step = env.step(env.spec.to_env(np.asarray(action)))
+        vectors = np.asarray(action)
+        step = env.step(env.spec.to_env(vectors))
+        on_step(vectors, step)
         observation = observe(step)
         for episode in step.episodes:
             played[episode.env].append(episode)

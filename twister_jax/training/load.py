@@ -55,7 +55,7 @@ def load_run(
     found: dict[str, Any] = {}
 
     def state_like(host: dict[str, Any]) -> RunState:
-        found["spec"] = _spec(host.get("spec"), directory)
+        found["spec"] = spec_of(host.get("spec"), directory)
         found["agent"] = make_agent(config, found["spec"])
         return RunState.shapes(found["agent"], found["spec"], config.env.num_envs)
 
@@ -67,7 +67,12 @@ def load_run(
     return LoadedRun(config, found["spec"], found["agent"], state.agent, counters)
 
 
-def _spec(stored: Any, directory: str | Path) -> EnvSpec:
+def spec_of(stored: Any, directory: str | Path) -> EnvSpec:
+    """A specification as JSON kept it.
+
+    Raises:
+      UserError: it is something else.
+    """
     try:
         spec = EnvSpec(
             image_shape=tuple(stored["image_shape"]),

@@ -4,6 +4,7 @@ A checksum finds damage but no ill will, since anyone can compute it: the type a
 checked too.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -61,6 +62,21 @@ class Manifest:
         text = self.render()
         _manifest(json.loads(text)["content"])  # what could not be read again must not be written
         files.write_durably(path / "manifest.json", text.encode())
+
+
+def newest_host(checkpoints: Path) -> dict[str, Any]:
+    """Counters of the newest checkpoint whose manifest is readable, without looking at its other files.
+
+    Empty where there is none. Whoever reads them must check their types and ranges.
+    """
+    try:
+        found = [path for path in checkpoints.iterdir() if CHECKPOINT_NAME.fullmatch(path.name)]
+    except OSError:
+        return {}
+    for path in sorted(found, key=order, reverse=True):
+        with contextlib.suppress(OSError, UserError, UnusableError):
+            return read(path).host
+    return {}
 
 
 def read(path: Path) -> Manifest:

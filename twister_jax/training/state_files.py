@@ -22,7 +22,7 @@ def fetch(state: Any) -> dict[str, np.ndarray]:
     """The leaves of a state on the host, by name."""
     for leaf in jax.tree.leaves(state):
         leaf.copy_to_host_async()
-    return {name: host_copy(leaf) for name, leaf in _named_leaves(state).items()}
+    return {name: host_copy(leaf) for name, leaf in named_leaves(state).items()}
 
 
 def host_copy(x: jax.Array) -> np.ndarray:
@@ -37,7 +37,7 @@ def describe(leaves: Mapping[str, Any]) -> dict[str, str]:
 
 def compare(path: Path, stored: Mapping[str, str], like: Any) -> None:
     """Raises `UserError` naming the first leaf in which the state stored in `path` and `like` differ."""
-    here = describe(_named_leaves(like))
+    here = describe(named_leaves(like))
     for name in (*here, *stored):
         if here.get(name) != stored.get(name):
             raise UserError(
@@ -76,7 +76,7 @@ def read(path: Path, like: Any) -> Any:
     Raises:
       UnusableError: it cannot be read, or holds other arrays than `like`.
     """
-    leaves = _named_leaves(like)
+    leaves = named_leaves(like)
     stored = {name: leaf for name, leaf in leaves.items() if leaf.size}
     as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in stored}
     try:
@@ -110,7 +110,7 @@ def _orbax() -> Iterator[ocp.Checkpointer]:
         logger.setLevel(level)
 
 
-def _named_leaves(tree: Any) -> dict[str, Any]:
+def named_leaves(tree: Any) -> dict[str, Any]:
     """The leaves of a pytree by their path, in the tree's order."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

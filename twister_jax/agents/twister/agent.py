@@ -1,6 +1,5 @@
 """TWISTER as one agent: init, act, sample, learn. `learn` reads like the paper's algorithm 1."""
 
-import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from twister_jax.agents.base import Agent, Health, Losses, Metrics, Observation, Trained
+from twister_jax.agents.open_loop import open_loop_picture
 from twister_jax.agents.twister.behavior import (
     Actor,
     Critic,
@@ -25,7 +25,7 @@ from twister_jax.agents.twister.behavior import (
     start_states,
 )
 from twister_jax.agents.twister.config import TwisterConfig
-from twister_jax.agents.twister.pictures import open_loop_picture
+from twister_jax.agents.twister.dream import make_dream
 from twister_jax.agents.twister.world_model import (
     Observed,
     WorldModel,
@@ -85,7 +85,7 @@ class Twister:
     """
 
     def __init__(self, config: TwisterConfig, spec: EnvSpec, dtype: DTypeLike):
-        self.config, self.spec = config, spec
+        self.config, self.spec, self.dtype = config, spec, dtype
         self.optimizers = {
             "world_model": config.world_model_optimizer,
             "critic": config.critic_optimizer,
@@ -142,13 +142,7 @@ class Twister:
         model = self.world_model(state.trained.params["world_model"])
         actor = self.actor(state.trained.params["actor"])
         draw = KeySampler(key)
-        first = observation.is_first[:, None]
-
-        latent = jnp.where(first, model.initial_latent(), carry.latent)
-        action = jnp.where(first, 0.0, carry.action)
-        cache = dataclasses.replace(carry.cache, visible=carry.cache.visible & ~first)
-        deter, cache = model.step(latent, action, cache, model.transformer.position_table())
-
+        deter, cache = model.proceed(carry.latent, carry.action, carry.cache, observation.is_first)
         latent = draw("posterior", model.posterior(to_float(observation.image)))
         latent = latent.reshape(latent.shape[0], -1)
         policy = actor(features(latent, deter))
@@ -292,10 +286,8 @@ class Twister:
         self, state: TwisterState, replay: Replay, key: PRNGKeyArray
     ) -> dict[str, UInt8[Array, "height width 3"]]:
         """Truth, reconstruction and imagination of four windows."""
-        key_window, key_draw = jax.random.split(key)
-        model = self.world_model(state.trained.params["world_model"])
-        windows = store.sample(replay, key_window, 4, self.config.batch_length)
-        return {"open_loop": open_loop_picture(model, windows, key_draw)}
+        stored = self.config.batch_length
+        return {"open_loop": open_loop_picture(make_dream(self), state, replay, key, stored)}
 
     # ------------------------------------------------------------------------------------------ networks
 
@@ -331,4 +323,5 @@ def make_agent(config: Config, spec: EnvSpec) -> Agent:
         min_replay_steps=algorithm.batch_length,
         tokens_per_update=algorithm.batch_size * algorithm.batch_length,
         headline="losses/image",
+        dream=make_dream(twister),
     )

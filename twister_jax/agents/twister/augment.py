@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from twister_jax.randomness import uniform
+
 TRIES = 10
 
 
@@ -19,10 +21,8 @@ def crop_boxes(
     the whole frame.
     """
     key_area, key_aspect, key_corner = jax.random.split(key, 3)
-    share = jax.random.uniform(key_area, (count, TRIES), minval=area[0], maxval=area[1])
-    log_aspect = jax.random.uniform(
-        key_aspect, (count, TRIES), minval=jnp.log(aspect[0]), maxval=jnp.log(aspect[1])
-    )
+    share = uniform(key_area, (count, TRIES), minval=area[0], maxval=area[1])
+    log_aspect = uniform(key_aspect, (count, TRIES), minval=jnp.log(aspect[0]), maxval=jnp.log(aspect[1]))
     ratio = jnp.exp(log_aspect)
     width = jnp.round(size * jnp.sqrt(share * ratio)).astype(jnp.int32)
     height = jnp.round(size * jnp.sqrt(share / ratio)).astype(jnp.int32)
@@ -31,7 +31,7 @@ def crop_boxes(
     found = jnp.any(fits, axis=1)
     height = jnp.where(found, jnp.take_along_axis(height, first, 1)[:, 0], size)
     width = jnp.where(found, jnp.take_along_axis(width, first, 1)[:, 0], size)
-    corner = jax.random.uniform(key_corner, (2, count))
+    corner = uniform(key_corner, (2, count))
     top = jnp.floor(corner[0] * (size - height + 1)).astype(jnp.int32)
     left = jnp.floor(corner[1] * (size - width + 1)).astype(jnp.int32)
     return jnp.stack([top, left, height, width], axis=1)

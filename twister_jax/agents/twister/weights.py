@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from twister_jax.agents.twister.agent import Twister
+from twister_jax.agents.base import Health, Trained
+from twister_jax.agents.twister.agent import Twister, TwisterState
+from twister_jax.agents.twister.behavior import ReturnScale
 from twister_jax.agents.twister.config import TwisterConfig, TwisterModelConfig
 from twister_jax.envs.base import IMAGE_SIZE, EnvSpec
 from twister_jax.errors import UserError
@@ -266,6 +268,13 @@ def load_published(
                     f"{jax.tree_util.keystr(path)} is {ours.shape} and should be {wanted.shape}"
                 )
     return groups
+
+
+def state_of_published(weights: dict[str, np.ndarray], config: TwisterConfig, spec: EnvSpec) -> TwisterState:
+    """What acting and dreaming need of a state, from published weights; see `load_published`."""
+    groups = load_published(weights, config.model, spec)
+    slow_critic, terms = groups.pop("slow_critic"), Twister(config, spec, jnp.float32).terms
+    return TwisterState(Trained(groups, {}), slow_critic, ReturnScale.zero(), Health.sound(terms))
 
 
 def expected_shapes(config: TwisterModelConfig, spec: EnvSpec) -> dict[str, Tree]:

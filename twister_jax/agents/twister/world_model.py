@@ -4,6 +4,7 @@ z_t, the latent, is read from the image alone; h_t, the deterministic state, is 
 earlier latents and actions; the prior ẑ_t is predicted from h_t. Everything downstream reads (z, h).
 """
 
+import dataclasses
 import itertools
 from typing import NamedTuple
 
@@ -225,6 +226,20 @@ class WorldModel(nnx.Module):
     ) -> tuple[Float[Array, "sequence hidden"], KeyValueCache]:
         """One more transition of every sequence: its h, and the cache that holds it too."""
         return self.transformer.step(self.mix(latent, action), cache, position_table)
+
+    def proceed(
+        self,
+        latent: Float[Array, "sequence latent"],
+        action: Float[Array, "sequence action"],
+        cache: KeyValueCache,
+        is_first: Bool[Array, " sequence"],
+    ) -> tuple[Float[Array, "sequence hidden"], KeyValueCache]:
+        """`step` into a real step: where that is an episode's first, nothing earlier counts."""
+        first = is_first[:, None]
+        latent = jnp.where(first, self.initial_latent(), latent)
+        cache = dataclasses.replace(cache, visible=cache.visible & ~first)
+        action = jnp.where(first, 0.0, action)
+        return self.step(latent, action, cache, self.transformer.position_table())
 
 
 def features(latent: Float[Array, "*batch latent"], deter: Float[Array, "*batch hidden"]) -> Array:

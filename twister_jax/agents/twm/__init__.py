@@ -13,4 +13,5 @@ PACKAGE = AgentPackage(
     presets=PRESETS,
     fixture_prefix="wm.",
     published_flops=2.06e12,
+    exports_onnx=True,
 )

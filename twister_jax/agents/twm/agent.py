@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt8
 
 from twister_jax.agents.base import Agent, Health, Losses, Metrics, Observation, Pretraining, Trained
+from twister_jax.agents.open_loop import open_loop_picture
 from twister_jax.agents.twm import pretraining
 from twister_jax.agents.twm import windows as replay_windows
 from twister_jax.agents.twm.behavior import (
@@ -23,10 +24,10 @@ from twister_jax.agents.twm.behavior import (
     imagine,
 )
 from twister_jax.agents.twm.config import TwmConfig
+from twister_jax.agents.twm.dream import make_dream
 from twister_jax.agents.twm.dynamics import Dynamics
 from twister_jax.agents.twm.mlp import Mlp
-from twister_jax.agents.twm.observation import ObservationModel, flat, to_float
-from twister_jax.agents.twm.pictures import open_loop_picture
+from twister_jax.agents.twm.observation import ObservationModel, flat, push_frame, to_float
 from twister_jax.agents.twm.windows import Windows
 from twister_jax.agents.twm.world_model import WorldModelOutput, loss_scales, start_states, world_model_loss
 from twister_jax.config import Config
@@ -126,9 +127,7 @@ class Twm:
     ) -> tuple[Float[Array, "env action"], TwmCarry]:
         """The policy in the most likely latent of the newest frames; no transformer is involved."""
         params = state.trained.params
-        shifted = jnp.concatenate([carry.frames[..., 1:], observation.image], axis=-1)
-        reset = jnp.broadcast_to(observation.image, shifted.shape)
-        frames = jnp.where(observation.is_first[:, None, None, None], reset, shifted)
+        frames = push_frame(carry.frames, observation.image, observation.is_first)
         latent = self.observation(params["observation"]).encoder(to_float(frames)).mode()
         policy = OneHot.of(self.actor(params["actor"])(flat(latent)))
         return policy.draw(key) if sample_actions else policy.mode(), TwmCarry(frames)
@@ -320,11 +319,8 @@ class Twm:
         self, state: TwmState, replay: Replay, key: PRNGKeyArray
     ) -> dict[str, UInt8[Array, "height width 3"]]:
         """Truth, reconstruction and imagination of four windows."""
-        config, params = self.config, state.trained.params
-        key_window, key_draw = jax.random.split(key)
-        windows = replay_windows.sample_uniform(replay, key_window, 4, config.batch_length + 2, self.stack)
-        observation, dynamics = self.observation(params["observation"]), self.dynamics(params["dynamics"])
-        return {"open_loop": open_loop_picture(observation, dynamics, windows, key_draw)}
+        stored = self.config.min_replay_steps
+        return {"open_loop": open_loop_picture(make_dream(self), state, replay, key, stored)}
 
     # ------------------------------------------------------------------------------------------ networks
 
@@ -388,6 +384,7 @@ def make_agent(config: Config, spec: EnvSpec) -> Agent:
         min_replay_steps=algorithm.min_replay_steps,
         tokens_per_update=samples,
         headline="losses/decoder",
+        dream=make_dream(twm),
         pretraining=tuple(
             Pretraining(sample, getattr(twm, f"pretrain_{name}"), name, -(-budget // per_update))
             for name, budget, per_update, sample in phases

@@ -24,7 +24,7 @@ from twister_jax.agents.twm.config import TwmModelConfig
 from twister_jax.agents.twm.mlp import Mlp
 from twister_jax.nn.attention import NO_DROPOUT, Dropout, relative_shift, sinusoids
 from twister_jax.nn.distributions import Bernoulli, OneHot
-from twister_jax.nn.layers import Linear, add_bias, layer_norm, uniform_fan_in
+from twister_jax.nn.layers import Linear, add_bias, layer_norm, logits_init, uniform_fan_in
 
 TOKENS_PER_STEP = 3
 _ACTION = 1  # index of the action token in a step
@@ -144,7 +144,7 @@ class Dynamics(nnx.Module):
         self.embed_latent = Mlp([config.latent_size, hidden], after=True, dtype=dtype, rngs=rngs)
         self.embed_action = nnx.Param(jax.random.normal(rngs.params(), (num_actions, hidden)))
         self.embed_reward = Mlp([1, hidden], after=True, dtype=dtype, rngs=rngs)
-        bias_init = nnx.initializers.xavier_uniform()
+        bias_init = logits_init
         shape = (config.attention_heads, config.head_size)
         self.content_bias = nnx.Param(bias_init(rngs.params(), shape))
         self.position_bias = nnx.Param(bias_init(rngs.params(), shape))

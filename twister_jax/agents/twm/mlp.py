@@ -9,12 +9,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from twister_jax.nn.layers import Initializer, Linear
+from twister_jax.nn.layers import Initializer, Linear, scaled_uniform
 
-he_uniform: Initializer = nnx.initializers.variance_scaling(2.0, "fan_in", "uniform")
+he_uniform: Initializer = scaled_uniform(2.0, lambda inputs, outputs: inputs)
 """Uniform in ±sqrt(6 / fan_in), before a SiLU."""
 
-lecun_uniform: Initializer = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform")
+lecun_uniform: Initializer = scaled_uniform(1.0, lambda inputs, outputs: inputs)
 """Uniform in ±sqrt(3 / fan_in), where no activation follows."""
 
 

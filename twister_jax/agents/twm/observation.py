@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
 from twister_jax.agents.base import Losses, Metrics
 from twister_jax.agents.twm.config import TwmConfig, TwmModelConfig
@@ -27,6 +27,16 @@ _TRANSPOSED_KERNELS = (5, 5, 6, 6)  # 1 -> 5 -> 13 -> 30 -> 64
 def to_float(frames: UInt8[Array, "*batch height width stack"]) -> Float[Array, "*batch height width stack"]:
     """uint8 to [0, 1]."""
     return frames.astype(jnp.float32) / 255.0
+
+
+def push_frame(
+    frames: UInt8[Array, "env height width stack"],
+    newest: UInt8[Array, "env height width 1"],
+    is_first: Bool[Array, " env"],
+) -> UInt8[Array, "env height width stack"]:
+    """The newest frames, oldest first, after one more; an episode's first is repeated."""
+    shifted = jnp.concatenate([frames[..., 1:], newest], axis=-1)
+    return jnp.where(is_first[:, None, None, None], jnp.broadcast_to(newest, frames.shape), shifted)
 
 
 class Encoder(nnx.Module):

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from twister_jax.agents.twm.agent import Twm
+from twister_jax.agents.base import Health, Trained
+from twister_jax.agents.twm.agent import Twm, TwmState
 from twister_jax.agents.twm.config import TwmConfig, TwmModelConfig
 from twister_jax.envs.base import EnvSpec
 from twister_jax.errors import UserError
@@ -137,6 +138,12 @@ def load_published(
             )
         _put(tree, weight.path, jnp.asarray(weight.layout.ours(found), jnp.float32))
     return tree
+
+
+def state_of_published(published: dict[str, np.ndarray], config: TwmConfig, spec: EnvSpec) -> TwmState:
+    """What acting and dreaming need of a state, from published weights; see `load_published`."""
+    twm = Twm(config, spec, jnp.float32)
+    return TwmState(Trained(load_published(published, config.model, spec), {}), Health.sound(twm.terms))
 
 
 def to_published(network: str, tree: Tree, config: TwmModelConfig) -> dict[str, np.ndarray]:

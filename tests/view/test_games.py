@@ -1,0 +1,82 @@
+"""Games are played by the protocol, shown again exactly, and ranked by score."""
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+from PIL import Image
+
+from twister_jax.cli import main
+from twister_jax.envs import make_vector_env
+from twister_jax.envs.base import Episode
+from twister_jax.errors import UserError
+from twister_jax.training import evaluation
+from twister_jax.view.games import Game, Games
+from twister_jax.view.watch import chosen
+
+
+@pytest.fixture
+def games(brief):
+    return Games(brief, 3)
+
+
+def test_the_games_are_those_of_the_evaluation(brief, games):
+    env = make_vector_env("Catch", brief.config.env, 2, games._seed, evaluation=True)
+    played = evaluation.play(brief.agent, brief.state, env, [2, 1], brief.config.seed)
+    assert sorted(game.episode for game in games.games) == sorted(played)
+
+
+def test_a_game_is_shown_again(games):
+    assert [(game.episode.env, game.first, game.stop) for game in games.games] == [
+        (0, 0, 10),
+        (1, 0, 10),
+        (0, 10, 20),
+    ]
+    for game in games.games:
+        frames = list(games.show(game))
+        assert len(frames) == game.episode.length + 1
+        assert frames[-1].score == game.episode.score
+        assert frames[0].action is None
+        assert all(frame.action in (0, 1, 2) for frame in frames[1:])
+        assert frames[0].screen.shape == (64, 64, 3)
+        ball = [int(np.flatnonzero((frame.image == [250, 220, 60]).all(-1).any(1))[0]) for frame in frames]
+        assert ball == sorted(ball), "the ball falls from the first frame to the last"
+
+
+def test_values_are_those_of_the_step(games):
+    """The third agent's critic says: the reward, and one."""
+    for game in games.games:
+        for frame in games.show(game):
+            assert frame.value == pytest.approx(frame.reward + 1)
+
+
+def test_an_environment_that_does_not_repeat_itself_is_noticed(brief):
+    games = Games(brief, 3)
+    steps = games._steps[0]
+    steps[-1] = steps[-1]._replace(reward=0.5)
+    with pytest.raises(UserError, match="does not repeat itself"):
+        list(games.show(games.games[2]))
+
+
+def test_the_best_the_median_and_the_worst():
+    ranked = [Game(Episode(0, float(score), 1, False), 0, 1) for score in (9, 5, 4, 1)]
+    assert [(name, game.episode.score) for name, game in chosen(ranked).items()] == [
+        ("best", 9),
+        ("median", 5),
+        ("worst", 1),
+    ]
+    assert list(chosen(ranked[:2])) == ["best", "worst"]
+    assert list(chosen(ranked[:1])) == ["best"]
+
+
+def test_watch_writes_videos_and_a_contact_sheet(run, capsys):
+    assert main(["watch", str(run), "--episodes", "3"]) == 0
+    printed = capsys.readouterr().out
+    folder = run / "videos"
+    names = [f"watch-0000060-{name}" for name in ("best.mp4", "median.mp4", "sheet.png", "worst.mp4")]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert "3 games: best" in printed
+    frames = imageio.imread(folder / names[0], plugin="FFMPEG")
+    assert frames.shape[0] == 10
+    assert len(np.unique(frames.mean(axis=(1, 2, 3)))) > 3, "something moves"
+    with Image.open(folder / names[2]) as sheet:
+        assert sheet.width > 8 * 64

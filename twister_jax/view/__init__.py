@@ -1,0 +1,1 @@
+"""Looking at what was learned: load it, watch it play, dream, report, export."""

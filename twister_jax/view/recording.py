@@ -1,0 +1,62 @@
+"""Windows of real play, as starts for dreams."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from twister_jax import envs
+from twister_jax.envs.base import EnvStep
+from twister_jax.errors import UserError
+from twister_jax.randomness import Purpose, generator_for
+from twister_jax.replay.store import Transition
+from twister_jax.training.evaluation import play
+from twister_jax.view.games import transition
+from twister_jax.view.policy import Policy
+
+SIDE_BY_SIDE = 8
+
+
+class _EnoughError(Exception):
+    """All windows are recorded."""
+
+
+def record(
+    policy: Policy, count: int, length: int, seed: int = 0, make_env: Any = envs.make_vector_env
+) -> Transition:
+    """Windows [count, length, ...] of games that the policy plays by the evaluation's protocol.
+
+    They follow one another without a gap in each of several environments, so they begin anywhere in a game.
+
+    Raises:
+      UserError: the environments fail.
+    """
+    config, spec = policy.config, policy.spec
+    num_envs = min(SIDE_BY_SIDE, count)
+    each = -(-count // num_envs) * length
+    steps: list[Transition] = []
+
+    def remember(actions: np.ndarray | None, step: EnvStep) -> None:
+        idle = np.zeros((num_envs, spec.num_actions), np.float32)
+        steps.append(jax.tree.map(np.asarray, transition(idle if actions is None else actions, step)))
+        if len(steps) == each:
+            raise _EnoughError
+
+    env_seed = int(generator_for(config.seed, Purpose.EVALUATION_ENVIRONMENT, 1 + seed).integers(2**31))
+    try:
+        env = make_env(config.game, config.env, num_envs, env_seed, evaluation=True)
+        try:
+            play(policy.agent, policy.state, env, [each] * num_envs, config.seed, on_step=remember)
+        except _EnoughError:
+            pass
+        finally:
+            env.close()
+    except RuntimeError as error:
+        raise UserError(f"{config.game} cannot be recorded: {error}") from error
+
+    def windows(*over_time: np.ndarray) -> np.ndarray:
+        streams = np.stack(over_time, axis=1)  # [env, time, ...]
+        cut = streams.reshape(num_envs, -1, length, *streams.shape[2:])
+        return cut.swapaxes(0, 1).reshape(-1, *cut.shape[2:])[:count]
+
+    return jax.tree.map(windows, *steps)

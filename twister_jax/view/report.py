@@ -1,0 +1,252 @@
+"""`python -m twister_jax report`: a run, or several, as one HTML file that needs nothing else.
+
+It reads the files of a run directory alone, so it can be written while the run goes on.
+"""
+
+import base64
+import dataclasses
+import datetime
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from twister_jax import agents, fields, files, presets
+from twister_jax.config import Config
+from twister_jax.training.evaluation import FILE as EVALUATION
+from twister_jax.training.manifest import newest_host
+from twister_jax.training.progress import duration
+from twister_jax.view import plots, warnings
+from twister_jax.view.drawing import save
+from twister_jax.view.extras import require
+
+LARGEST_VIDEO = 3_000_000
+"""Bytes of a video that is put into the page; of others it has the name."""
+PICTURES = 4
+"""Training's pictures that are shown, from the first to the newest."""
+_MOST_BYTES = 1 << 28
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a run directory holds, as far as it can be read.
+
+    Attributes:
+      directory: of the run.
+      config: its settings.
+      rows: of metrics.jsonl.
+      evaluation: evaluation.json, where there is one.
+      host: counters and machine of the newest checkpoint, where there is one.
+    """
+
+    directory: Path
+    config: Config
+    rows: list[dict[str, Any]]
+    evaluation: dict[str, Any] | None
+    host: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        config = self.config
+        return f"{agents.package(config.agent).title} on {config.game}, seed {config.seed}"
+
+    @property
+    def newest(self) -> dict[str, Any]:
+        """Where the run stands: the last row."""
+        return self.rows[-1] if self.rows else {}
+
+    @property
+    def counters(self) -> dict[str, Any]:
+        """Of the newest checkpoint."""
+        found = self.host.get("counters")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def steps(self) -> int:
+        """Steps taken: rows and checkpoints are not written at the same time."""
+        saved = self.counters.get("env_steps")
+        return max(self.newest.get("env_steps", 0), saved if isinstance(saved, int) else 0)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the run wants its readers to know."""
+        noted = self.counters.get("notes")
+        return [str(note) for note in noted] if isinstance(noted, list) else []
+
+
+def read(directory: Path) -> Record:
+    """Everything that a report is made of.
+
+    Raises:
+      UserError: it is no run directory.
+    """
+    config = presets.read_config(directory)
+    rows = list(_rows(directory / "metrics.jsonl"))
+    try:
+        found = json.loads(files.read(directory / EVALUATION, _MOST_BYTES))
+        evaluation = found if isinstance(found, dict) and "mean" in found else None
+    except (OSError, ValueError, RecursionError):
+        evaluation = None
+    return Record(directory, config, rows, evaluation, newest_host(directory / "checkpoints"))
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows that are whole: the last one may be being written."""
+    try:
+        lines = files.read(path, _MOST_BYTES).decode(errors="replace").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("env_steps"), int):
+            yield row
+
+
+def write(directories: Sequence[Path], out: Path) -> None:
+    """Writes the page.
+
+    Raises:
+      UserError: a directory is no run, something is not installed, or the file cannot be written.
+    """
+    save(out, render([read(directory) for directory in directories]))
+
+
+def render(records: Sequence[Record]) -> str:
+    """The page of a run, or the comparison of several.
+
+    Raises:
+      UserError: jinja2 or matplotlib is not installed.
+    """
+    jinja2 = require("jinja2", "view", "a report")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string((Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8"))
+    alone = records[0] if len(records) == 1 else None
+    labels = [record.name if alone else _label(record, records) for record in records]
+    now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
+    found = {record_label: warnings.of(record) for record_label, record in zip(labels, records, strict=True)}
+    return template.render(
+        title=alone.name if alone else f"{len(records)} runs compared",
+        written=f"written {now} · {', '.join(str(record.directory) for record in records)}",
+        warnings=[text if alone else f"{name}: {text}" for name, texts in found.items() for text in texts],
+        heads=[] if alone else labels,
+        table=table(records),
+        curves=plots.curves({name: record.rows for name, record in zip(labels, records, strict=True)}),
+        media=[item for record in records for item in media(record)] if alone else [],
+        details=details(records, labels),
+    )
+
+
+def _label(record: Record, among: Sequence[Record]) -> str:
+    """The run's name, with its directory where others are called alike."""
+    alike = sum(record.name == other.name for other in among) > 1
+    return f"{record.name} ({record.directory.name})" if alike else record.name
+
+
+def table(records: Sequence[Record]) -> dict[str, list[str]]:
+    """For each fact its value in every run."""
+    rows: dict[str, list[str]] = {}
+    for record in records:
+        for name, value in facts(record).items():
+            rows.setdefault(name, []).append(value)
+    return rows
+
+
+def facts(record: Record) -> dict[str, str]:
+    """What is known of a run in one word each; the same names for all."""
+    config, newest, evaluation = record.config, record.newest, record.evaluation or {}
+    steps, seconds = record.steps, float(newest.get("wall_seconds") or 0.0)
+    recent = [row["episode/score"] for row in record.rows if row.get("episode/score") is not None][-10:]
+    numerics = record.host.get("numerics")
+    machine = numerics if isinstance(numerics, dict) else {}
+    protocol = evaluation.get("protocol", {})
+    human = evaluation.get("human_normalized")
+    unknown = "—"
+    return {
+        "state": f"{steps:,} of {config.train.steps:,} steps, {newest.get('updates', 0):,} updates",
+        "evaluation": (
+            f"mean {evaluation['mean']:g}, median {evaluation['median']:g}, std {evaluation['std']:.3g} over "
+            f"{evaluation['episodes']} games"
+            if evaluation
+            else "not yet"
+        ),
+        "human-normalised": unknown if human is None else f"{human:.3f}",
+        "score while training": f"{sum(recent) / len(recent):g} (mean of the newest rows)"
+        if recent
+        else unknown,
+        "time": duration(seconds),
+        "pace": f"{steps / seconds:.2f} steps/s in all" if seconds else unknown,
+        "preset": config.preset,
+        "precision": config.precision,
+        "machine": ", ".join(
+            f"{value} {name}" if name == "threads" else str(value)
+            for name, value in ((n, machine.get(n)) for n in ("device", "processor", "threads"))
+            if value
+        )
+        or unknown,
+        "JAX": str(machine.get("jax", unknown)),
+        "commit": str(protocol.get("commit") or unknown),
+    }
+
+
+def media(record: Record) -> list[dict[str, str]]:
+    """Pictures through training, then what `dream` and `watch` wrote."""
+    directory = record.directory
+    pictures = sorted((directory / "pictures").glob("*.png"))
+    if len(pictures) > PICTURES:
+        last = len(pictures) - 1
+        pictures = [pictures[round(i * last / (PICTURES - 1))] for i in range(PICTURES)]
+    more = [path for folder in ("dreams", "videos") for path in sorted((directory / folder).glob("*.*"))]
+    return [item for path in (*pictures, *more) if (item := _item(directory, path))]
+
+
+def _item(directory: Path, path: Path) -> dict[str, str] | None:
+    kinds = {".png": "picture", ".mp4": "video"}
+    if path.suffix not in kinds or path.name.startswith("."):
+        return None
+    name = str(path.relative_to(directory))
+    try:
+        files.check_directory(path.parent)
+        data = files.read(path, LARGEST_VIDEO)
+    except OSError as error:
+        return {
+            "kind": kinds[path.suffix],
+            "name": name,
+            "data": "",
+            "caption": f"{name}: not shown ({error.strerror})",
+        }
+    text = base64.b64encode(data).decode()
+    return {"kind": kinds[path.suffix], "name": name, "data": text, "caption": name}
+
+
+def details(records: Sequence[Record], labels: Sequence[str]) -> dict[str, str]:
+    """What is folded away: settings, and how the evaluation played."""
+    found = {}
+    if len(records) > 1:
+        configs = [dict(fields.describe(record.config)) for record in records]
+        names = {name for config in configs for name in config}
+        different = {
+            name: [_shown(record.config, name) for record in records]
+            for name in sorted(names)
+            if len({_shown(record.config, name) for record in records}) > 1 and name != "logdir"
+        }
+        found["Settings that differ"] = "\n".join(f"{n}: {' | '.join(v)}" for n, v in different.items())
+    for label, record in zip(labels, records, strict=True):
+        prefix = "" if len(records) == 1 else f"{label}: "
+        found[f"{prefix}differences from the paper"] = presets.differences_from_paper(record.config)
+        found[f"{prefix}all settings"] = json.dumps(record.config.to_dict(), indent=1)
+        if record.evaluation:
+            found[f"{prefix}evaluation and its protocol"] = json.dumps(record.evaluation, indent=1)
+    return found
+
+
+def _shown(config: Config, name: str) -> str:
+    value: Any = config.to_dict()
+    for part in name.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return "absent"
+        value = value[part]
+    return json.dumps(value)

@@ -1,0 +1,93 @@
+"""Policies as one file: arrays and a few words about them in safetensors, and nothing that could be run."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from twister_jax import presets
+from twister_jax.agents.base import State, acting_part
+from twister_jax.config import Config
+from twister_jax.envs.base import EnvSpec
+from twister_jax.errors import UserError
+from twister_jax.files import one_line
+from twister_jax.training import state_files
+from twister_jax.training.load import spec_of
+from twister_jax.view.drawing import save
+from twister_jax.view.extras import require
+
+KEY = "twister_jax"
+"""Of the one entry of the file's metadata, a JSON object."""
+FORMAT = 1
+
+
+def write(path: Path, state: State, about: Mapping[str, Any]) -> None:
+    """Writes what acting and dreaming need of a state; `about` must have `config` and `spec`.
+
+    Raises:
+      UserError: safetensors is not installed, or the file cannot be written.
+    """
+    safetensors = require("safetensors.numpy", "view", "a policy file")
+    arrays = {n: np.ascontiguousarray(leaf) for n, leaf in state_files.fetch(acting_part(state)).items()}
+    metadata = {KEY: json.dumps({"format": FORMAT, **about})}
+    save(path, safetensors.save(arrays, metadata))
+
+
+def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
+    """Arrays by name, and what `write` said about them; None of a file that it did not write.
+
+    Raises:
+      UserError: the file is neither .safetensors nor .npz, or is damaged.
+    """
+    if path.suffix == ".npz":
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                return {name: archive[name] for name in archive.files}, None
+        except Exception as error:  # whatever zipfile and NumPy raise
+            raise UserError(f"{path} cannot be read as .npz: {one_line(error)}") from None
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path} is no policy: expected a run directory, a .safetensors or an .npz file")
+    safetensors = require("safetensors", "view", "a policy file")
+    try:
+        with safetensors.safe_open(str(path), framework="numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+    except Exception as error:  # SafetensorError, and TypeError for numbers that NumPy does not have
+        raise UserError(f"{path} is damaged or no safetensors file: {one_line(error)}") from None
+    if KEY not in metadata:
+        return arrays, None
+    try:
+        about = json.loads(metadata[KEY])
+        found = about["format"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{path} does not say what it holds: it is damaged") from None
+    if found != FORMAT:
+        raise UserError(f"{path} has format {found}; this version reads {FORMAT}: update twister_jax")
+    return arrays, about
+
+
+def settings(path: Path, about: Mapping[str, Any]) -> tuple[Config, EnvSpec]:
+    """The configuration and the environment's specification that a file was written with.
+
+    Raises:
+      UserError: they are missing, or of another version.
+    """
+    config = presets.from_dict(about.get("config"), str(path))
+    presets.validate(config)
+    return config, spec_of(about.get("spec"), path)
+
+
+def fill(path: Path, like: State, arrays: Mapping[str, np.ndarray]) -> State:
+    """A state with these arrays; `like` has its shapes.
+
+    Raises:
+      UserError: the arrays are those of another agent or model size.
+    """
+    part = acting_part(like)
+    state_files.compare(path, state_files.describe(arrays), part)
+    leaves = [jnp.asarray(arrays[name]) for name in state_files.named_leaves(part)]
+    return jax.tree.unflatten(jax.tree.structure(part), leaves)
