@@ -17,6 +17,7 @@ def run(tmp_path_factory):
     """Its directory; views may add to it."""
     directory = tmp_path_factory.mktemp("runs") / "catch"
     settings = {"logdir": str(directory), "precision": "float32", "train.steps": 60}
+    settings["train.report_every"] = 10
     assert train(make_config(third.AGENT, "debug", "Catch", **settings)) == 0
     return directory
 

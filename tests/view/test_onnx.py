@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,7 +20,9 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 def test_a_policy_as_onnx(tmp_path):
     agent = make_agent(CONFIG, GREY)
-    state = jax.jit(agent.init)(jax.random.key(4))
+    shapes = jax.eval_shape(agent.init, jax.random.key(0))
+    rng = np.random.default_rng(1)
+    state = jax.tree.map(lambda s: jnp.asarray(0.3 * rng.normal(size=s.shape), s.dtype), shapes)
     policy = Policy(CONFIG, GREY, agent, state, {"env_steps": 7, "updates": 3})
     assert "license MIT" in export(policy, tmp_path / "policy.onnx", "MIT")
     session = onnxruntime.InferenceSession(str(tmp_path / "policy.onnx"))
@@ -29,7 +32,7 @@ def test_a_policy_as_onnx(tmp_path):
 
     twm = Twm(CONFIG.algorithm, GREY, np.float32)
     params = state.trained.params
-    latent = flat(twm.observation(params["observation"]).encoder(to_float(frames)).mode())
+    latent = flat(twm.observation(params["observation"]).encoder(to_float(jnp.asarray(frames))).mode())
     expected = jax.nn.softmax(twm.actor(params["actor"])(latent))
     np.testing.assert_allclose(probabilities, expected, atol=1e-5)
     np.testing.assert_array_equal(action, expected.argmax(-1))

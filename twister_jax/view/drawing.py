@@ -1,6 +1,7 @@
 """Frames with words on them, as videos and pictures."""
 
 import io
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -120,7 +121,9 @@ def save_video(path: Path, frames: Iterable[Picture], rate: int) -> int:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         options = {"format": "FFMPEG", "fps": rate, "codec": "libx264", "macro_block_size": 2}
-        with imageio.get_writer(temporary, **options) as video:
+        with warnings.catch_warnings(), imageio.get_writer(temporary, **options) as video:
+            # JAX warns of every fork; what is forked here becomes another program at once.
+            warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
             for frame in frames:
                 video.append_data(frame)
                 count += 1

@@ -118,10 +118,7 @@ def trust_of(windows: Transition, found: OpenLoop, learned: np.ndarray) -> Trust
 
     def mean(error: np.ndarray) -> np.ndarray:
         each = error.reshape(*error.shape[:2], -1).mean(-1)[:, -known.shape[1] :] * known
-        some = ~np.isnan(known).all(axis=0)
-        return np.array(
-            [np.nanmean(x) if any_left else np.nan for x, any_left in zip(each.T, some, strict=True)]
-        )
+        return np.array([np.nanmean(x) if np.any(~np.isnan(x)) else np.nan for x in each.T])
 
     goes_on = 1.0 - np.asarray(windows.terminal)
     return Trust(
@@ -139,12 +136,12 @@ def summary(trust: Trust) -> str:
     """One line for people."""
     if np.isnan(trust.image).all():
         return "nothing could be foreseen: every episode ended with its context"
-    worse = np.flatnonzero(trust.image > trust.frozen)
-    until = f"from step {worse[0] + 1} on it is worse" if worse.size else "it is better at every step"
+    useless = np.flatnonzero(trust.image > trust.frozen - 1e-6)
+    until = f"up to step {useless[0]}" if useless.size else "at every step"
     last = np.flatnonzero(~np.isnan(trust.image))[-1]
     return (
         f"error of a pixel {trust.image[0]:.4f} after 1 step, {trust.image[last]:.4f} after {last + 1} "
-        f"(seen: {np.nanmean(trust.reconstruction):.4f}); against the last image repeated {until}; "
+        f"(seen: {np.nanmean(trust.reconstruction):.4f}); better than the last image repeated {until}; "
         f"error of the reward {np.nanmean(trust.reward):.3g}, of the end {np.nanmean(trust.continues):.3g}"
     )
 
@@ -157,7 +154,7 @@ def _rows(windows: Transition, found: OpenLoop, start: int, time: int) -> list[P
     truth = np.asarray(windows.image[start, time]) / 255.0
     seen, foreseen = found.seen.image[start, time], found.foreseen.image[start, time]
     difference = 0.5 + 0.5 * (foreseen - truth)
-    return [drawing.to_uint8(image) for image in (truth, seen, foreseen, difference)]
+    return [drawing.to_uint8(np.asarray(image)) for image in (truth, seen, foreseen, difference)]
 
 
 def _words(windows: Transition, found: OpenLoop, learned: np.ndarray, start: int, time: int) -> list[str]:

@@ -119,8 +119,8 @@ class Games:
                         f"{self._policy.config.game} does not repeat itself: no game can be shown"
                     )
                 score += known.reward
-                started = time == game.first
-                action = None if started or known.is_first else env.spec.to_env(known.action[None])[0]
+                taken = None if known.is_first or known.action is None else known.action[None]
+                action = None if taken is None else env.spec.to_env(taken)[0]
                 yield Frame(env.screen(index), step.image[index], action, known.reward, score, known.value)
         finally:
             env.close()

@@ -29,7 +29,7 @@ def curves(runs: Mapping[str, Rows]) -> dict[str, list[str]]:
     require("matplotlib", "view", "a report").use("Agg")
     names = {name for rows in runs.values() for row in rows for name in row if "/" in name}
     plots: dict[str, dict[str, list[str]]] = {}
-    for name in sorted(names):
+    for name in sorted(names, key=lambda name: (name != "episode/score", name)):
         group, _, rest = name.partition("/")
         plots.setdefault(group, {}).setdefault(re.sub(r"[_/]?\d+$", " by step", rest), []).append(name)
     order = [*(group for group in GROUPS if group in plots), *sorted(plots.keys() - set(GROUPS))]

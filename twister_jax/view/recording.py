@@ -26,14 +26,18 @@ def record(
 ) -> Transition:
     """Windows [count, length, ...] of games that the policy plays by the evaluation's protocol.
 
-    They follow one another without a gap in each of several environments, so they begin anywhere in a game.
+    They come from several environments and begin anywhere in a game.
 
     Raises:
       UserError: the environments fail.
     """
     config, spec = policy.config, policy.spec
     num_envs = min(SIDE_BY_SIDE, count)
-    each = -(-count // num_envs) * length
+    per_env = -(-count // num_envs)
+    each = (per_env + 1) * length
+    generator = generator_for(config.seed, Purpose.EVALUATION_ENVIRONMENT, 1 + seed)
+    env_seed = int(generator.integers(2**31))
+    starts = np.arange(per_env) * length + generator.integers(length, size=(num_envs, per_env))
     steps: list[Transition] = []
 
     def remember(actions: np.ndarray | None, step: EnvStep) -> None:
@@ -42,7 +46,6 @@ def record(
         if len(steps) == each:
             raise _EnoughError
 
-    env_seed = int(generator_for(config.seed, Purpose.EVALUATION_ENVIRONMENT, 1 + seed).integers(2**31))
     try:
         env = make_env(config.game, config.env, num_envs, env_seed, evaluation=True)
         try:
@@ -56,7 +59,7 @@ def record(
 
     def windows(*over_time: np.ndarray) -> np.ndarray:
         streams = np.stack(over_time, axis=1)  # [env, time, ...]
-        cut = streams.reshape(num_envs, -1, length, *streams.shape[2:])
-        return cut.swapaxes(0, 1).reshape(-1, *cut.shape[2:])[:count]
+        cut = [streams[env, at : at + length] for at_each in starts.T for env, at in enumerate(at_each)]
+        return np.stack(cut[:count])
 
     return jax.tree.map(windows, *steps)

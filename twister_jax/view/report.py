@@ -156,7 +156,7 @@ def table(records: Sequence[Record]) -> dict[str, list[str]]:
 
 
 def facts(record: Record) -> dict[str, str]:
-    """What is known of a run in one word each; the same names for all."""
+    """What is known of a run in a few words each; the same names for all."""
     config, newest, evaluation = record.config, record.newest, record.evaluation or {}
     steps, seconds = record.steps, float(newest.get("wall_seconds") or 0.0)
     recent = [row["episode/score"] for row in record.rows if row.get("episode/score") is not None][-10:]
@@ -179,7 +179,7 @@ def facts(record: Record) -> dict[str, str]:
         else unknown,
         "time": duration(seconds),
         "pace": f"{steps / seconds:.2f} steps/s in all" if seconds else unknown,
-        "preset": config.preset,
+        "settings": f"preset {config.preset}; {presets.differences_from_paper(config)}",
         "precision": config.precision,
         "machine": ", ".join(
             f"{value} {name}" if name == "threads" else str(value)
@@ -236,7 +236,6 @@ def details(records: Sequence[Record], labels: Sequence[str]) -> dict[str, str]:
         found["Settings that differ"] = "\n".join(f"{n}: {' | '.join(v)}" for n, v in different.items())
     for label, record in zip(labels, records, strict=True):
         prefix = "" if len(records) == 1 else f"{label}: "
-        found[f"{prefix}differences from the paper"] = presets.differences_from_paper(record.config)
         found[f"{prefix}all settings"] = json.dumps(record.config.to_dict(), indent=1)
         if record.evaluation:
             found[f"{prefix}evaluation and its protocol"] = json.dumps(record.evaluation, indent=1)

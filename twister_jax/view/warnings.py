@@ -65,7 +65,10 @@ def _shows_a_constant(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     size = 64
-    strips = pixels[:, pixels.shape[1] % size :]
+    labels = pixels.shape[1] % size
+    if not labels:
+        return False  # of an earlier version
+    strips = pixels[:, labels:]
     rows, columns = strips.shape[0] // size, strips.shape[1] // size
     if rows < 2 or columns < 2:
         return False

@@ -32,7 +32,8 @@ def write(path: Path, state: State, about: Mapping[str, Any]) -> None:
       UserError: safetensors is not installed, or the file cannot be written.
     """
     safetensors = require("safetensors.numpy", "view", "a policy file")
-    arrays = {n: np.ascontiguousarray(leaf) for n, leaf in state_files.fetch(acting_part(state)).items()}
+    fetched = state_files.fetch(acting_part(state))
+    arrays = {name: np.asarray(leaf, order="C") for name, leaf in fetched.items()}
     metadata = {KEY: json.dumps({"format": FORMAT, **about})}
     save(path, safetensors.save(arrays, metadata))
 

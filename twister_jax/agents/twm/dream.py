@@ -1,5 +1,6 @@
 """TWM's world model step by step, for people to look into."""
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import jax
@@ -66,7 +67,8 @@ def make_dream(twm: "Twm") -> Dream:
         foreseen = dynamics.predict(hidden)
         # The head has learned the discount, 0 after an end.
         continues = jnp.minimum(1.0, jax.nn.sigmoid(foreseen.discount.logit) / twm.config.discount)
-        return mind.replace(
+        return dataclasses.replace(
+            mind,
             latent=flat(foreseen.latent.draw(key)),
             reward=foreseen.reward,
             predicted_reward=foreseen.reward,
@@ -80,7 +82,8 @@ def make_dream(twm: "Twm") -> Dream:
         frames = push_frame(mind.frames, step.image, step.is_first)
         encoder = twm.observation(state.trained.params["observation"]).encoder
         foreseen = proceed(state, mind, step.action, key)
-        return foreseen.replace(
+        return dataclasses.replace(
+            foreseen,
             latent=flat(encoder(to_float(frames)).mode()),
             frames=frames,
             reward=learned_reward(step.reward),

@@ -78,7 +78,7 @@ def policy_as_onnx(
     graph.add("Softmax", policy, name="probabilities")
     graph.add("ArgMax", policy, name="action", axis=-1, keepdims=0)
 
-    shape = ["n", IMAGE_SIZE, IMAGE_SIZE, model.frame_stack]
+    shape: list[str | int] = ["n", IMAGE_SIZE, IMAGE_SIZE, model.frame_stack]
     made = helper.make_graph(
         graph.nodes,
         "policy",
