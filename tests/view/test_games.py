@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import third
 from twister_jax.cli import main
 from twister_jax.envs import make_vector_env
 from twister_jax.envs.base import Episode
 from twister_jax.errors import UserError
+from twister_jax.presets import make_config
 from twister_jax.training import evaluation
 from twister_jax.view.games import Game, Games
 from twister_jax.view.watch import chosen
@@ -55,6 +57,30 @@ def test_an_environment_that_does_not_repeat_itself_is_noticed(brief):
     steps[-1] = steps[-1]._replace(reward=0.5)
     with pytest.raises(UserError, match="does not repeat itself"):
         list(games.show(games.games[2]))
+
+
+@pytest.mark.parametrize(
+    ("game", "size"), [("Catch", (64, 64)), ("Breakout", (210, 160)), ("gym:CartPole-v1", (400, 600))]
+)
+def test_people_see_the_game_in_its_own_size_and_colours(game, size):
+    if game.startswith("gym"):
+        pytest.importorskip("gymnasium")
+        pytest.importorskip("pygame")
+    settings = make_config(third.AGENT, "debug", game, **{"env.grayscale": True}).env
+    env = make_vector_env(game, settings, 2, 0, evaluation=True)
+    env.reset()
+    shown = env.screen(1)
+    assert shown.shape == (*size, 3)
+    assert env.spec.image_shape == (64, 64, 1)
+    assert (shown.min(-1) < shown.max(-1)).any(), "it has colours"
+    np.testing.assert_array_equal(shown, env.screen(1), "looking changes nothing")
+    env.close()
+
+
+def test_others_show_what_the_agent_sees():
+    env = make_vector_env("slider:easy", None, 1, 0)
+    step = env.reset()
+    np.testing.assert_array_equal(env.screen(0), step.image[0])
 
 
 def test_the_best_the_median_and_the_worst():

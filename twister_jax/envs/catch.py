@@ -94,13 +94,20 @@ class CatchEnv:
         self._ball = state["ball"]
         self._paddle = state["paddle"]
 
+    def screen(self) -> UInt8[np.ndarray, "64 64 3"]:
+        """See `Screen`: in colours."""
+        return self._pixels()[..., :3]
+
     def _image(self) -> UInt8[np.ndarray, "64 64 channel"]:
+        return self._pixels()[..., self._channels].copy()
+
+    def _pixels(self) -> UInt8[np.ndarray, "64 64 4"]:
         pixels = np.empty((IMAGE_SIZE, IMAGE_SIZE, 4), np.uint8)
         pixels[:] = BACKGROUND
         bottom, falling = _cell(ROWS - 1, ROWS), _cell(self._row, ROWS)
         pixels[bottom, _cell(self._paddle, COLUMNS)] = PADDLE
         pixels[falling, _cell(self._ball, COLUMNS)] = BALL  # over the paddle: a caught ball is seen
-        return pixels[..., self._channels].copy()
+        return pixels
 
 
 def _cell(place: float, cells: int) -> slice:

@@ -154,6 +154,10 @@ class DmcEnv:
         physics = self._env.physics
         return physics.model.ptr, physics.data.ptr
 
+    def screen(self) -> UInt8[np.ndarray, "240 320 3"]:
+        """See `Screen`."""
+        return self._env.physics.render(240, 320, camera_id=self._camera).copy()
+
     def _image(self) -> UInt8[np.ndarray, "64 64 3"]:
         return self._env.physics.render(IMAGE_SIZE, IMAGE_SIZE, camera_id=self._camera).copy()
 

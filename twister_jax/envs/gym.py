@@ -143,6 +143,10 @@ class GymEnv:
         """Lets it go."""
         self._env.close()
 
+    def screen(self) -> UInt8[np.ndarray, "height width 3"]:
+        """See `Screen`: the environment's picture as it gave it."""
+        return np.array(self._picture.convert("RGB"))
+
     def _image(self, observation: Any) -> UInt8[np.ndarray, "64 64 channel"]:
         pixels = np.asarray(self._env.render() if self._read is None else self._read(observation))
         if self._shape is None:
@@ -159,7 +163,8 @@ class GymEnv:
             )
         if pixels.ndim == 3 and pixels.shape[-1] == 1:
             pixels = pixels[..., 0]
-        resized = Image.fromarray(pixels).convert(self._mode).resize((IMAGE_SIZE,) * 2, Image.Resampling.BOX)
+        self._picture = Image.fromarray(pixels)
+        resized = self._picture.convert(self._mode).resize((IMAGE_SIZE,) * 2, Image.Resampling.BOX)
         return np.array(resized).reshape(self.spec.image_shape)
 
     def _action_names(self, count: int) -> tuple[str, ...]:

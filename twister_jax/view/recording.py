@@ -40,7 +40,7 @@ def record(
     starts = np.arange(per_env) * length + generator.integers(length, size=(num_envs, per_env))
     steps: list[Transition] = []
 
-    def remember(actions: np.ndarray | None, step: EnvStep) -> None:
+    def collect(actions: np.ndarray | None, step: EnvStep) -> None:
         idle = np.zeros((num_envs, spec.num_actions), np.float32)
         steps.append(jax.tree.map(np.asarray, transition(idle if actions is None else actions, step)))
         if len(steps) == each:
@@ -49,7 +49,7 @@ def record(
     try:
         env = make_env(config.game, config.env, num_envs, env_seed, evaluation=True)
         try:
-            play(policy.agent, policy.state, env, [each] * num_envs, config.seed, on_step=remember)
+            play(policy.agent, policy.state, env, [each] * num_envs, config.seed, on_step=collect)
         except _EnoughError:
             pass
         finally:
