@@ -23,6 +23,8 @@ SHORT = 60
 """Steps up to which a game is shown slowly."""
 SHEET = 8
 """Pictures of a game on the contact sheet."""
+GAP = 6
+"""Pixels between them."""
 
 
 def watch(
@@ -72,7 +74,8 @@ def watch(
         progress.say(f"{name}: score {game.episode.score:g}, {count:,} frames → {path}")
         files.append(path)
         title = f"{name}: score {game.episode.score:g} after {game.episode.length:,} steps"
-        rows.append(drawing.beside(kept, [title] + [""] * (len(kept) - 1)))
+        gaps = [np.pad(picture, ((0, 0), (0, GAP), (0, 0))) for picture in kept]
+        rows.append(drawing.beside([np.concatenate(gaps, axis=1)], [title]))
     files.append(directory / f"{stem}-sheet.png")
     drawing.save_png(files[-1], drawing.stack(rows))
     progress.say(f"contact sheet → {files[-1]}")

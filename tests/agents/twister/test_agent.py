@@ -345,7 +345,7 @@ def test_actions_beyond_magnitude_one_are_clipped(small):
 def test_report_is_a_picture(small, replay):
     picture = jax.jit(small.agent.report)(small.state, replay, jax.random.key(0))["open_loop"]
     assert picture.dtype == jnp.uint8
-    assert picture.shape == (4 * 3 * 64, 6 * 64, 3)
+    assert picture.shape == (4 * 4 * 64, 92 + 6 * 64, 3)
 
 
 def test_paper_sizes_are_the_published_ones():

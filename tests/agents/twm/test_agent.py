@@ -383,4 +383,4 @@ def test_a_batch_that_fits_in_the_smallest_allowed_replay(agent):
 def test_report_draws_a_picture(agent, state, filled):
     picture = jax.jit(agent.report)(state, filled, jax.random.key(0))["open_loop"]
     assert picture.dtype == jnp.uint8
-    assert picture.shape == (4 * 3 * 64, (ALGORITHM.batch_length + 1) * 64, 3)
+    assert picture.shape == (4 * 4 * 64, 92 + min(16, ALGORITHM.min_replay_steps) * 64, 3)
