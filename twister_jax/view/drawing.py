@@ -21,7 +21,7 @@ MARK = (255, 90, 80)
 """Of what is dreamt."""
 _MARGIN = 8
 _LINE = 20
-_CHARACTER = 8  # a little wider than the font's average one
+_FONT = ImageFont.load_default(14)
 
 
 def to_uint8(image: np.ndarray) -> Picture:
@@ -44,9 +44,11 @@ def beside(
     pictures: Sequence[Picture], titles: Sequence[str], lines: Sequence[str] = (), border: bool = False
 ) -> Picture:
     """Pictures in a row with a title over each, and lines of text below them; `border` marks the whole."""
-    widths = [max(picture.shape[1], _CHARACTER * len(t)) for picture, t in zip(pictures, titles, strict=True)]
+    widths = [max(picture.shape[1], _width(t)) for picture, t in zip(pictures, titles, strict=True)]
     row = max(picture.shape[0] for picture in pictures)
-    width = sum(widths) + _MARGIN * (len(pictures) + 1)
+    width = max(
+        [sum(widths) + _MARGIN * (len(pictures) + 1), *(_width(line) + 2 * _MARGIN for line in lines)]
+    )
     height = row + _LINE * (1 + len(lines)) + 2 * _MARGIN
     # Both even, as the video format wants them.
     canvas = Image.new("RGB", (width + width % 2, height + height % 2), BACKGROUND)
@@ -75,7 +77,7 @@ def stack(pictures: Sequence[Picture]) -> Picture:
 
 def labels(names: Sequence[str], height: int, row: int) -> Picture:
     """Names of rows of pictures that `beside` made, to stand left of them."""
-    canvas = Image.new("RGB", (_CHARACTER * max(map(len, names)) + _MARGIN, height), BACKGROUND)
+    canvas = Image.new("RGB", (max(map(_width, names)) + 2 * _MARGIN, height), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
     for index, name in enumerate(names):
         write(draw, (_MARGIN, _LINE + row * index + row // 2 - _MARGIN), name)
@@ -86,7 +88,7 @@ def write(
     draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, color: tuple[int, int, int] = INK
 ) -> None:
     """A line of text; `at` is its upper left corner."""
-    draw.text(at, text, fill=color, font=ImageFont.load_default(14))
+    draw.text(at, text, fill=color, font=_FONT)
 
 
 def save(path: Path, data: bytes | str) -> None:

@@ -162,8 +162,8 @@ def _words(windows: Transition, found: OpenLoop, learned: np.ndarray, start: int
     ended = "yes" if windows.terminal[start, time] else "no"
     predicted, continues = found.foreseen.reward[start, time], found.foreseen.continues[start, time]
     return [
-        f"real r {learned[start, time]:+.2f} end {ended}",
-        f"pred r {predicted:+.2f} end {1 - continues:.0%}",
+        f"real {learned[start, time]:+.2f} end {ended}",
+        f"pred {predicted:+.2f} end {1 - continues:.0%}",
     ]
 
 
@@ -177,7 +177,7 @@ def strip(windows: Transition, found: OpenLoop, learned: np.ndarray, start: int)
         if not found.known[start, time]:
             tall = tall // 4
         since = time - CONTEXT + 1
-        title = f"dreamt {since}" if since > 0 else f"seen {since}"
+        title = f"dreamt {since}" if since > 0 else "seen"
         words = _words(windows, found, learned, start, time)
         columns.append(drawing.beside([tall], [title], words, border=since > 0))
     return np.concatenate([drawing.labels(ROWS, columns[0].shape[0], scale), *columns], axis=1)
