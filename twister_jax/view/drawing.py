@@ -1,6 +1,7 @@
 """Frames with words on them, as videos and pictures."""
 
 import io
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -82,6 +83,11 @@ def labels(names: Sequence[str], height: int, row: int) -> Picture:
     for index, name in enumerate(names):
         write(draw, (_MARGIN, _LINE + row * index + row // 2 - _MARGIN), name)
     return np.asarray(canvas)
+
+
+def _width(text: str) -> int:
+    """Pixels that a line of text takes."""
+    return math.ceil(_FONT.getlength(text))
 
 
 def write(
