@@ -122,7 +122,7 @@ def draw(sets: Sequence[ScoreSet], against: Sequence[ScoreSet]) -> Iterator[Draw
         ),
         (
             "aggregates",
-            "Human-normalised aggregates over each set's own games, with 95% intervals.",
+            "Human-normalised aggregates over each set's own games, with 95% intervals (↓: low is good).",
             lambda: bars(columns),
         ),
         (
@@ -226,7 +226,7 @@ def bars(columns: Sequence[ScoreSet]) -> "Figure":
             if estimate.low is not None and estimate.high is not None:
                 error = [[estimate.value - estimate.low], [estimate.high - estimate.value]]
                 axes.errorbar(estimate.value, at, xerr=error, color="black", capsize=2.5, lw=1.1)
-        axes.set_title(title + (" (low is good)" if name == "optimality_gap" else ""))
+        axes.set_title(title + (" ↓" if name == "optimality_gap" else ""))
         axes.set_yticks(places, [each.name for each in columns])
         axes.grid(axis="y", visible=False)
         if all((estimate := of[name]) is None or estimate.value >= 0 for of in found):
