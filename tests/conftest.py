@@ -95,3 +95,14 @@ def small() -> Compiled:
     agent = make_agent(SMALL, SPEC)
     state = jax.jit(agent.init)(jax.random.key(0))
     return Compiled(SMALL, agent, state, jax.jit(agent.update), jax.jit(agent.act))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """The directory of a whole run, of which nothing is changed."""
+    from tests.runs import config_of
+    from twister_jax.training.train import train
+
+    directory = tmp_path_factory.mktemp("undisturbed")
+    assert train(config_of(directory, **{"env.num_envs": 2})) == 0
+    return directory

@@ -131,6 +131,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(
                 f"unknown command {name!r}{did_you_mean(name, COMMANDS)}; one of {', '.join(COMMANDS)}"
             )
+        try:
+            os.getcwd()
+        except OSError:
+            raise UserError("the working directory was deleted: change to another one") from None
         return COMMANDS[name](rest)
     except UserError as error:
         with contextlib.suppress(OSError, ValueError):

@@ -6,7 +6,8 @@ puts a run together. Nothing here imports JAX, so that the command line answers 
 """
 
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from twister_jax.fields import CHANGEABLE, NonNegative, NonNegativeInt, Positive, PositiveInt, Range
@@ -117,6 +118,13 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """As config.json has it."""
         return dataclasses.asdict(self)
+
+
+def too_many_steps(counts: Mapping[str, int]) -> Iterator[str]:
+    """A complaint where these settings together make an update of more steps than any machine computes."""
+    if math.prod(counts.values()) > 10**7:
+        named = " x ".join(f"{name} ({count})" for name, count in counts.items())
+        yield f"{named}: must be at most 10,000,000 steps together"
 
 
 def too_few_steps(config: Config, needed: int, why: str) -> Iterator[str]:

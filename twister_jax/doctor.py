@@ -117,7 +117,10 @@ def check_files() -> str:
     """Runs and the compilation cache can be written."""
     from twister_jax.runtime import cache_directory
 
-    for what, path in (("runs", Path("runs")), ("the compilation cache", cache_directory("cpu"))):
+    cache = cache_directory("cpu")
+    if cache is None:
+        raise Finding("this user has no home for the compilation cache: name a place with TWISTER_JAX_CACHE=")
+    for what, path in (("runs", Path("runs")), ("the compilation cache", cache)):
         there = path.absolute()
         while not there.exists():
             there = there.parent

@@ -65,17 +65,28 @@ class Increasing:
 @dataclasses.dataclass(frozen=True)
 class _LayerWidths:
     def __contains__(self, widths: Sequence[int]) -> bool:
-        return len(widths) > 0 and min(widths) >= 1 and max(widths) <= MOST
+        return 0 < len(widths) <= MOST_PARTS and min(widths) >= 1 and max(widths) <= MOST_WIDE
 
     def __str__(self) -> str:
-        return "widths of at least 1"
+        return f"at most {MOST_PARTS} widths between 1 and {MOST_WIDE}"
 
 
 MOST = 10**9
 """Of anything that is counted: beyond it lie typing errors, and numbers that 32 bits do not hold."""
 
+MOST_WIDE = 10**5
+"""Of an axis of an array: the products of two such are what 32 bits index."""
+MOST_LONG = 10**4
+"""Of steps in a row: some arrays have two such axes."""
+MOST_PARTS = 100
+"""Of what is built one by one, which takes a second or so each."""
+
 PositiveInt = Annotated[int, Range(1, MOST)]
-AtLeastTwo = Annotated[int, Range(2, MOST)]
+Size = Annotated[int, Range(1, MOST_WIDE)]
+SizeFromTwo = Annotated[int, Range(2, MOST_WIDE)]
+Length = Annotated[int, Range(1, MOST_LONG)]
+LengthFromTwo = Annotated[int, Range(2, MOST_LONG)]
+Parts = Annotated[int, Range(1, MOST_PARTS)]
 NonNegativeInt = Annotated[int, Range(0, MOST)]
 Positive = Annotated[float, Range(0, open_low=True)]
 NonNegative = Annotated[float, Range(0)]
@@ -125,6 +136,11 @@ def describe(settings: Any, prefix: str = "", changeable: bool = False) -> dict[
             base = typing.get_args(kind)[0] if notes else kind
             fields[prefix + field.name] = Field(base, limits, may_change)
     return fields
+
+
+def changeable(settings: Any) -> list[str]:
+    """Dotted names of what a resumed run may have otherwise."""
+    return [name for name, field in describe(settings).items() if field.changeable]
 
 
 @functools.cache

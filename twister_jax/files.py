@@ -37,6 +37,18 @@ class UnusableError(Exception):
     """Why something stored cannot be used, as a person should read it."""
 
 
+_MAY_PASS = (
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ENOMEM),
+    *(errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENXIO),
+    *(errno.ENODEV, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENETUNREACH),
+)
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether it is of the disk, the network or permissions, and so no sign of damage to what is stored."""
+    return isinstance(error, OSError) and error.errno in _MAY_PASS
+
+
 @dataclasses.dataclass(frozen=True)
 class Checksum:
     """What a file must be to be trusted."""
@@ -119,8 +131,9 @@ def read(path: Path, limit: int) -> bytes:
       OSError: it cannot be read, or has more than `limit` bytes; `UnsafePathError` as `open_regular` does.
     """
     with open_regular(path) as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(min(size, limit) + 1)  # which takes so much memory, whatever is there
+    if max(size, len(data)) > limit:
         raise OSError(errno.EFBIG, f"more than {limit} bytes", str(path))
     return data
 

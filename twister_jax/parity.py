@@ -13,6 +13,9 @@ from twister_jax.agents.fixtures import Fixture, Row, published_weights
 from twister_jax.errors import UserError
 from twister_jax.files import one_line
 
+# What numbers and arrays of the wrong kind, shape or size lead to.
+_BROKEN = (TypeError, ValueError, AssertionError, LookupError, AttributeError, ArithmeticError, MemoryError)
+
 
 def load(path: Path) -> tuple[dict[str, Any], Fixture]:
     """Sizes and arrays of a fixture.
@@ -55,7 +58,7 @@ def check(path: Path, dtype: DTypeLike = np.float32) -> list[Row]:
             return package.function("parity", "compare")(sizes, fixture, dtype)
     except KeyError as error:
         raise UserError(f"{path} is an incomplete fixture: it lacks {error}") from None
-    except (TypeError, ValueError, AssertionError, IndexError, AttributeError, ZeroDivisionError) as error:
+    except (UserError, *_BROKEN) as error:
         raise UserError(f"{path} is a broken fixture: {one_line(error)}") from error
 
 

@@ -10,10 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from twister_jax import agents, envs, fields
+from twister_jax import agents, envs, fields, files
 from twister_jax.config import Config, EvaluationConfig, Precision, ReplayConfig, TrainConfig
 from twister_jax.errors import UserError
 from twister_jax.fields import did_you_mean, show
+from twister_jax.files import UnsafePathError
+
+MOST_UPDATES = 2**31 - 1
+"""Optimisers and health count in 32 bits."""
 
 AUTO = "auto"
 """The preset that is chosen by what the machine has."""
@@ -107,11 +111,13 @@ def read_config(directory: Path) -> Config:
     """
     path = Path(directory) / "config.json"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        data = json.loads(files.read(path, 1 << 20).decode())
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{directory} is not a run directory: it has no config.json") from None
+    except UnsafePathError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+        raise UserError(f"{path} cannot be read: {files.one_line(error)}") from None
     return from_dict(data, str(path))
 
 
@@ -137,6 +143,12 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield (
             f"train.steps = {train.steps}: must exceed train.prefill_steps = {train.prefill_steps}, "
             f"or nothing is learned"
+        )
+    most = round((train.steps - train.prefill_steps) * train.updates_per_step)
+    if most > MOST_UPDATES:
+        yield (
+            f"train.steps = {train.steps}, train.updates_per_step = {show(train.updates_per_step)}: are "
+            f"{most:,} updates, of which {MOST_UPDATES:,} can be counted"
         )
     expected = type(agents.package(config.agent).presets["paper"].algorithm)
     if not isinstance(config.algorithm, expected):

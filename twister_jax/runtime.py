@@ -9,12 +9,18 @@ import contextlib
 import contextvars
 import ctypes
 import functools
+import glob
+import logging
 import os
+import re
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from twister_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 # ------------------------------------------------------------------------------------------------ start
 
@@ -23,11 +29,15 @@ def start_jax() -> None:
     """Starts JAX once the input is known to be good; freed memory and compiled programs are kept.
 
     Raises:
-      UserError: JAX finds no device it can use.
+      UserError: JAX finds no device it can use, or is set to work in another way.
     """
     keep_freed_memory()
     import jax
 
+    # 64 bits change every number, and without compilation nothing ends.
+    for setting, name in (("jax_enable_x64", "JAX_ENABLE_X64"), ("jax_disable_jit", "JAX_DISABLE_JIT")):
+        if jax.config.values[setting]:
+            raise UserError(f"{name} is set, with which this program does not work: unset it")
     try:
         backend = jax.default_backend()
     except RuntimeError as error:
@@ -40,6 +50,8 @@ def keep_compiled_programs(backend: str) -> None:
     import jax
 
     cache = cache_directory(backend)
+    if cache is None:
+        return
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError:
@@ -50,15 +62,42 @@ def keep_compiled_programs(backend: str) -> None:
         # XLA's own caches (autotuning, on a GPU) would put this path into every key: no program in a copied
         # cache would be found.
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+        _remove_damaged_programs(cache)
 
 
-def cache_directory(backend: str) -> Path:
+def _remove_damaged_programs(cache: Path) -> None:
+    """From here on, what JAX cannot read makes way for what it compiles instead; JAX itself would keep it.
+
+    JAX warns of the program's name, before it compiles. Which of that name is damaged it does not say, so
+    all of them go.
+    """
+    show, warning = warnings.showwarning, "Error reading persistent compilation cache entry for '([^'/]+)'"
+
+    def remove_and_show(message: Any, *args: Any, **kwargs: Any) -> None:
+        found = re.match(warning, str(message))
+        if found is None:
+            show(message, *args, **kwargs)
+            return
+        _log.warning("the compiled program %s in %s was damaged: compiling it anew", found[1], cache)
+        for path in cache.glob(f"{glob.escape(found[1])}-*"):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+    warnings.filterwarnings("always", warning)
+    warnings.showwarning = remove_and_show
+
+
+def cache_directory(backend: str) -> Path | None:
     """`$TWISTER_JAX_CACHE` or ~/.cache/twister_jax/xla, and a folder for this kind of processor in it.
 
-    What was compiled for one processor may not run on another one that shares the home directory.
+    What was compiled for one processor may not run on another one that shares the home directory. None for a
+    user without a home; a folder that others can write is no place for programs.
     """
     chosen = os.environ.get("TWISTER_JAX_CACHE")
-    cache = Path(chosen) if chosen else Path("~/.cache/twister_jax/xla").expanduser()
+    try:
+        cache = Path(chosen) if chosen else Path.home() / ".cache/twister_jax/xla"
+    except RuntimeError:
+        return None
     return cache / f"{backend}-{processor()}"
 
 

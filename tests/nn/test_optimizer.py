@@ -34,7 +34,8 @@ def test_clips_and_steps_as_optax_does(scale):
     params, gradients = tree(1), tree(2, scale)
     reference = optax.chain(optax.clip_by_global_norm(2.0), optax.scale_by_adam(eps=0.1), optax.scale(-0.1))
     updates, expected = reference.update(gradients, reference.init(params), params)
-    new, state, norm = step(config, params, gradients)
+    new, state, norm, finite = step(config, params, gradients)
+    assert finite
     chex.assert_trees_all_close(new, optax.apply_updates(params, updates), rtol=1e-5, atol=1e-6)
     moments = [[each for each in parts if hasattr(each, "mu")] for parts in (state, expected)]
     chex.assert_trees_all_close(*moments, rtol=1e-5)  # the step forgets a gradient's length, these do not
@@ -51,7 +52,7 @@ def test_weight_decay_is_added_to_the_clipped_gradient():
 
 def test_a_zero_gradient_changes_nothing():
     params = tree(3)
-    new, state, norm = step(OptimizerConfig(0.1, 1e-5, 1.0), params, jax.tree.map(jnp.zeros_like, params))
+    new, state, norm, _ = step(OptimizerConfig(0.1, 1e-5, 1.0), params, jax.tree.map(jnp.zeros_like, params))
     chex.assert_trees_all_equal(new, params)
     chex.assert_tree_all_finite(state)
     assert norm == 0.0
@@ -61,5 +62,17 @@ def test_a_zero_gradient_changes_nothing():
 def test_what_is_not_finite_leaves_no_trace(bad, sound):
     config, params, gradients = OptimizerConfig(0.1, 1e-5, 1.0), tree(4), tree(5)
     gradients["bias"] = gradients["bias"].at[2].set(bad)
-    new, state, _ = step(config, params, gradients, sound)
+    new, state, _, finite = step(config, params, gradients, sound)
+    chex.assert_trees_all_equal((new, state), (params, make_optimizer(config).init(params)))
+    assert finite == np.isfinite(bad)  # a loss was not, where `sound` says so
+
+
+def test_new_parameters_that_are_not_finite_are_not_taken():
+    """Loss and gradient are, and the step leads beyond the largest number."""
+    params = {"kernel": jnp.full((3, 2), 3e38), "bias": jnp.zeros(2)}
+    gradients = jax.tree.map(lambda x: -jnp.ones_like(x), params)
+    config = OptimizerConfig(1e38, 1e-5, 1.0)
+    new, state, norm, finite = step(config, params, gradients)
+    assert np.isfinite(norm)
+    assert not finite
     chex.assert_trees_all_equal((new, state), (params, make_optimizer(config).init(params)))

@@ -77,3 +77,21 @@ def test_uniform_draws_are_uniform_and_distinct():
     frequency = np.bincount(place.ravel(), minlength=STREAMS * CAPACITY) / len(keys)
     np.testing.assert_allclose(frequency[allowed.ravel()], 5 / 15, atol=0.04)
     assert not frequency[~allowed.ravel()].any()
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), held=st.integers(COUNT, CAPACITY), more=st.integers(1, 40))
+def test_draws_do_not_depend_on_the_capacity(seed, held, more):
+    """A run whose steps are raised has a larger store, and draws what it would have drawn from the start."""
+    allowed = np.arange(CAPACITY + more) < np.full((STREAMS, 1), held)
+    visits = np.random.default_rng(seed).integers(0, 50, allowed.shape) * allowed
+    found = []
+    for capacity in (CAPACITY, CAPACITY + more):
+        replay = store.init(STREAMS, capacity, (1, 1, 1), 1).replace(
+            visits=jnp.asarray(visits[:, :capacity], jnp.int32), inserted=jnp.int32(held)
+        )
+        fits = jnp.asarray(allowed[:, :capacity])
+        stream, step, after = store.draw_balanced(replay, jax.random.key(seed), COUNT, fits, 20.0)
+        uniform = store.draw_uniform(jax.random.key(seed), COUNT, fits)
+        found.append(jax.device_get((stream, step, after.visits[:, :held], uniform)))
+    jax.tree.map(np.testing.assert_array_equal, *found)

@@ -82,8 +82,30 @@ def test_steps_move_to_the_slots_of_another_capacity(tmp_path, chunks_of_three):
         for name in FIELDS:
             assert np.array_equal(getattr(restored, name)[:, :7], getattr(replay, name)[:, :7])
             assert not np.any(getattr(restored, name)[:, 7:])
-    with pytest.raises(UserError, match=r"7 steps per stream .* capacity 10, .* capacity 6 cannot"):
+    with pytest.raises(UserError, match=r"7 steps per stream, and here is room for 6: set train\.steps"):
         segments.compare(tmp_path, Layout.of(replay), make(6, 0))
+
+
+@pytest.mark.parametrize("stops", [[17], [9, 12, 17], [3, 17]])
+def test_steps_of_a_replay_that_went_round_move_into_a_larger_one(tmp_path, chunks_of_three, stops):
+    """They are counted from the oldest one held, wherever the segments begin."""
+    replay, longer = make(10, 17), make(40, 17)
+    parts = []
+    start = 0
+    for stop in stops:
+        parts.append(segments.write(tmp_path, start, segments.fetch(longer, start, stop)))
+        start = stop
+    kept = [part for part in parts if part.stop > 7]
+    before = Layout.of(replay)
+    for capacity in (10, 11, 25):
+        after, moved = segments.for_capacity(kept, before, capacity)
+        visits = segments.move_visits(np.asarray(replay.visits), before, after)
+        restored = segments.restore(tmp_path, moved, after, visits, make(capacity, 0))
+        assert int(restored.inserted) == (17 if capacity == 10 else 10)
+        for name in (*FIELDS, "visits"):
+            ours, theirs = (store.in_order(each, getattr(each, name)) for each in (restored, replay))
+            assert np.array_equal(ours[:, :10], theirs[:, :10]), name
+            assert not np.any(ours[:, 10:])
 
 
 def test_the_number_of_compiled_programs_does_not_depend_on_the_segments(tmp_path, chunks_of_three):

@@ -265,15 +265,25 @@ def test_a_longer_run_takes_over_a_smaller_replay(two, tmp_path):
         assert np.array_equal(getattr(found.replay, name)[:, :6], stored[:, :6], equal_nan=name == "action")
     assert int(found.replay.inserted) == 6
     assert Checkpointer(run.directory).restore(make_state(), make_replay(6)).replay.capacity == 6
-    with pytest.raises(UserError, match=r"6 steps per stream .* capacity 8, .* capacity 5 .*LOGDIR"):
+    with pytest.raises(UserError, match=r"6 steps per stream, and here is room for 5: .*LOGDIR"):
         Checkpointer(run.directory).restore(make_state(), make_replay(5))
 
 
-def test_a_replay_that_went_round_keeps_its_capacity(tmp_path):
-    run = Run(tmp_path / "c")
+def test_a_replay_that_went_round_grows(tmp_path):
+    run = Run(tmp_path / "c", keep=1)
     run.save(9)
-    with pytest.raises(UserError, match=r"capacity 8, .* capacity 20 cannot"):
-        Checkpointer(run.directory).restore(make_state(), make_replay(20))
+    run.save(3)
+    before = run.replay
+    with pytest.raises(UserError, match=r"8 steps per stream, and here is room for 7: .*LOGDIR"):
+        Checkpointer(run.directory).restore(make_state(), make_replay(7))
+    run.checkpointer = Checkpointer(run.directory, keep=1)
+    run.replay = run.checkpointer.restore(make_state(), make_replay(20)).replay
+    assert int(run.replay.inserted) == 8
+    for name in ("frames", "reward", "visits"):
+        ours, theirs = (store.in_order(each, getattr(each, name)) for each in (run.replay, before))
+        assert np.array_equal(ours[:, :8], theirs)
+    assert run.save() == run.restore() == 11
+    assert all(name.startswith("000000000-0000000") for name in stored_steps(run.directory))
 
 
 def test_another_model_or_replay_is_refused_by_name(two):
@@ -306,7 +316,10 @@ def test_evaluation_loads_the_state_alone_and_changes_nothing(two, tmp_path, cap
     assert not caplog.records
     flip(run.directory / "000000006-0" / "manifest.json", 40)
     assert Checkpointer(run.directory).load_state(state_like)[1] == run.saved[3][3]
-    with pytest.raises(UserError, match="none of the 1 checkpoints"):
+    with pytest.raises(UserError, match=r"no checkpoint of step 6 \(there: 3\)"):
+        Checkpointer(run.directory).load_state(state_like, 6)
+    flip(run.directory / "000000003-0" / "manifest.json", 40)
+    with pytest.raises(UserError, match="none of the 2 checkpoints"):
         Checkpointer(run.directory).load_state(state_like, 6)
 
 

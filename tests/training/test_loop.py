@@ -4,12 +4,8 @@ import math
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +15,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import third
+from tests.runs import (
+    Killed,
+    assert_same_run,
+    config_of,
+    final_state,
+    killed_env,
+    rows_of,
+    start,
+    wait_until,
+)
 from twister_jax.agents import make_agent
 from twister_jax.envs import make_vector_env
 from twister_jax.errors import UserError
-from twister_jax.presets import make_config, read_config
+from twister_jax.presets import read_config
 from twister_jax.training import loop
 from twister_jax.training.checkpoint import Checkpointer, Snapshot
-from twister_jax.training.load import load_run
 from twister_jax.training.logs import Averages, Log, MetricsFile
 from twister_jax.training.progress import Progress, duration
 from twister_jax.training.run import DivergedError, Run
@@ -34,50 +39,8 @@ from twister_jax.training.signals import Signals
 from twister_jax.training.state import updates_due
 from twister_jax.training.train import train
 
-ROOT = Path(__file__).parents[2]
 WINDOW = third.MinimalConfig().batch_length
 NO_PHASES = {"algorithm.warm_up": 0, "algorithm.second": 0}
-
-third.register()
-
-
-def config_of(logdir, steps=120, **overrides: Any):
-    settings = {"logdir": str(logdir), "precision": "float32", "train.steps": steps}
-    return make_config(third.AGENT, "debug", "Catch", **settings, **overrides)
-
-
-def rows_of(directory):
-    lines = (Path(directory) / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    for row in rows:
-        del row["wall_seconds"]
-    return rows
-
-
-def final_state(directory):
-    loaded = load_run(directory)
-    counters = dataclasses.asdict(loaded.counters)
-    del counters["wall_seconds"]
-    return jax.device_get(loaded.state), counters
-
-
-def assert_same_run(one, other):
-    assert rows_of(one) == rows_of(other)
-    (a, host_a), (b, host_b) = final_state(one), final_state(other)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-    assert host_a == host_b
-    ours, theirs = (json.loads((Path(d) / "evaluation.json").read_text()) for d in (one, other))
-    for record in (ours, theirs):
-        del record["protocol"]["commit"]  # somebody may be working on the tree
-    assert ours == theirs
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("undisturbed")
-    config = config_of(directory, **{"env.num_envs": 2})
-    assert train(config) == 0
-    return directory
 
 
 # ------------------------------------------------------------------------------------------- schedule
@@ -135,25 +98,6 @@ def test_prefill_lasts_until_a_window_fits(tmp_path):
 # ----------------------------------------------------------------------------------------- resumption
 
 
-class Killed(BaseException):
-    """Stands for a process that ends: nothing in the program catches it."""
-
-
-def killed_env(after, *args, **kwargs):
-    env = make_vector_env(*args, **kwargs)
-    step, count = env.step, 0
-
-    def dying_step(actions):
-        nonlocal count
-        count += 1
-        if count == after:
-            raise Killed
-        return step(actions)
-
-    env.step = dying_step
-    return env
-
-
 @pytest.mark.parametrize("after", [[5], [15, 3], [13, 18, 40]])
 def test_a_run_that_was_killed_ends_where_an_undisturbed_one_ends(tmp_path, undisturbed, after):
     config = config_of(tmp_path, **{"env.num_envs": 2})
@@ -194,28 +138,6 @@ def test_a_run_that_was_interrupted_anywhere_ends_where_an_undisturbed_one_ends(
         assert "SIGTERM: saved" in capsys.readouterr().out
     assert train(config) == 0
     assert f"resuming {tmp_path} at step" in capsys.readouterr().out
-    assert_same_run(tmp_path, undisturbed)
-
-
-@pytest.mark.parametrize("after", [1, 5, 33])
-def test_a_signal_is_answered_between_two_updates(tmp_path, undisturbed, after, monkeypatch):
-    """However many are due: the action that was chosen before them is kept, and taken after resumption."""
-    config = config_of(tmp_path, **{"env.num_envs": 2})
-    update, count = loop.update, 0
-
-    def counted(run, kind, key):
-        nonlocal count
-        update(run, kind, key)
-        count += kind == "update"
-        if count == after and kind == "update":
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(loop, "update", counted)
-    assert train(config) == 143
-    loaded = load_run(tmp_path)
-    assert loaded.counters.updates == after
-    assert loaded.counters.acted
-    assert train(config) == 0
     assert_same_run(tmp_path, undisturbed)
 
 
@@ -305,57 +227,6 @@ def test_a_run_outlives_its_directory(tmp_path, undisturbed):
     assert train(config) == 0  # it is a run again, and a finished one
 
 
-def damage(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize("damaged", ["the oldest", "a middle one", "all"])
-def test_a_run_goes_on_without_stored_steps_that_are_damaged(tmp_path, damaged, capsys):
-    """All checkpoints share them, but parameters, optimisers and counters are intact."""
-    assert train(config_of(tmp_path, 80)) == 0
-    segments = sorted((tmp_path / "checkpoints" / "replay").glob("*.npy"))
-    assert len(segments) > 2
-    for path in {"the oldest": segments[:1], "a middle one": segments[1:2], "all": segments}[damaged]:
-        damage(path)
-    state = load_run(tmp_path).state  # never needs the replay
-    capsys.readouterr()
-    assert train(config_of(tmp_path, 120)) == 0
-    assert "stored steps were damaged on disk: resumed without them at step 80" in capsys.readouterr().out
-    loaded = load_run(tmp_path)
-    assert loaded.counters.env_steps == 120
-    assert int(loaded.state["updates"]) > int(state["updates"]) + 10
-    (note,) = json.loads((tmp_path / "evaluation.json").read_text())["protocol"]["notes"]
-    assert note == loaded.counters.notes[0]
-    assert train(config_of(tmp_path, 130)) == 0  # what was saved since is sound
-
-
-def test_a_run_whose_replay_was_lost_learns_again_when_it_can(tmp_path):
-    """Nothing is drawn from too few steps, and what could not be learned is not made up for in a burst."""
-    config = config_of(tmp_path, 80, **NO_PHASES)
-    assert train(config) == 0
-    before = load_run(tmp_path).counters
-    for path in (tmp_path / "checkpoints" / "replay").glob("*.npy"):
-        damage(path)
-    assert train(config_of(tmp_path, 100, **NO_PHASES)) == 0
-    after = load_run(tmp_path).counters
-    lost = after.filled_at - before.filled_at
-    assert 0 < lost <= WINDOW
-    assert after.updates - before.updates == pytest.approx(0.7 * (20 - lost), abs=1)
-
-
-def test_a_resumption_that_cannot_be_exact_says_so(tmp_path, monkeypatch, capsys):
-    assert train(config_of(tmp_path, 60)) == 0
-    cores = os.sched_getaffinity(0)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores | {1000})
-    capsys.readouterr()
-    assert train(config_of(tmp_path, 80)) == 0
-    (note,) = load_run(tmp_path).counters.notes
-    assert note in capsys.readouterr().out
-    assert f"threads {len(cores) + 1} (was {len(cores)}): not bit for bit" in note
-
-
 @pytest.mark.parametrize(
     "host",
     [
@@ -379,14 +250,6 @@ def test_counters_from_a_stranger_are_checked(tmp_path, host):
     with pytest.raises(UserError, match="cannot resume") as raised:
         train(config_of(tmp_path, 60))
     assert "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize("redirect", [">/dev/full 2>/dev/full", "| head -1", ">&- 2>&-"])
-def test_failing_to_print_does_not_end_a_run(tmp_path, redirect):
-    command = f"{sys.executable} -m tests.third train --agent minimal --game Catch --preset debug"
-    shell = f"{command} --logdir {tmp_path / 'run'} {redirect}"
-    subprocess.run(["sh", "-c", shell], cwd=ROOT, timeout=120)
-    assert (tmp_path / "run" / "evaluation.json").exists()
 
 
 def test_rows_wait_while_the_disk_refuses_them(tmp_path):
@@ -450,26 +313,6 @@ def test_a_failing_environment_is_one_clear_error(tmp_path, method, message):
 
 
 # -------------------------------------------------------------------------------------- real processes
-
-
-def start(directory, steps, *flags):
-    command = [sys.executable, "-m", "tests.third", "train", "--agent", third.AGENT, "--game", "Catch"]
-    command += ["--preset", "debug", "--precision", "float32", "--steps", str(steps), *flags]
-    return subprocess.Popen(
-        [*command, "--logdir", str(directory)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-    )
-
-
-def wait_until(condition, process, seconds=60.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(

@@ -65,18 +65,18 @@ class Trained:
     def step(
         self, name: str, config: OptimizerConfig, gradients: Params, losses: Losses
     ) -> tuple["Trained", Float[Array, ""], dict[str, Bool[Array, ""]]]:
-        """One optimiser step of a network; nothing where one of its losses or the gradient is not finite.
+        """One optimiser step of a network; none where a loss, the gradient or its result is not finite.
 
         Returns:
           the new parameters and optimisers, the gradient's norm before clipping, and which terms were finite:
-          every loss, and `NAME_gradient`.
+          every loss, and `NAME_gradient`, the gradient and the parameters that it leads to.
         """
         finite = {term: jnp.isfinite(loss) for term, loss in losses.items()}
         sound = jnp.all(jnp.stack(list(finite.values())))
-        params, optimizer, norm = apply_gradients(
+        params, optimizer, norm, stepped_finite = apply_gradients(
             config, gradients, self.params[name], self.optimizers[name], sound
         )
-        finite[f"{name}_gradient"] = jnp.isfinite(norm)
+        finite[f"{name}_gradient"] = stepped_finite
         stepped = Trained(self.params | {name: params}, self.optimizers | {name: optimizer})
         return stepped, norm, finite
 

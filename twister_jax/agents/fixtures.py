@@ -1,11 +1,14 @@
 """Comparing with a fixture of a published formulation: same weights, inputs and samples."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from numpy.typing import ArrayLike
+
+from twister_jax.errors import UserError
+from twister_jax.fields import MOST_WIDE, Settings, flatten, out_of_range, replace, show
 
 LOSS_TOLERANCE = 2e-4
 GRADIENT_TOLERANCE = 2e-3
@@ -64,6 +67,17 @@ def gradient_rows(
         value = np.linalg.norm(flat) if kind == "l2norm" else flat[:256]
         rows.append(Row(key, relative_error(value, fixture[key], rounding), GRADIENT_TOLERANCE))
     return rows
+
+
+def checked(settings: Settings, num_actions: Any) -> Settings:
+    """`settings` as a fixture gives them; raises `UserError` where a type or range is wrong."""
+    settings = replace(settings, dict(flatten(settings)))
+    problems = list(out_of_range(settings))
+    if type(num_actions) is not int or not 0 < num_actions <= MOST_WIDE:
+        problems.append(f"num_actions = {show(num_actions)}: must be between 1 and {MOST_WIDE}")
+    if problems:
+        raise UserError("; ".join(problems))
+    return settings
 
 
 def published_weights(fixture: Fixture) -> dict[str, np.ndarray]:

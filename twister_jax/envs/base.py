@@ -152,7 +152,8 @@ class VectorEnv(Protocol):
     def retire(self, env: int) -> None:
         """Steps this environment, which has been stepped before, no more.
 
-        Until `reset` or `set_state`, `step` repeats its last image and nothing else.
+        Until `reset` or `set_state`, `step` repeats its last image and nothing else. A saved state says which
+        are retired; those that it retires show a black image.
         """
         ...
 

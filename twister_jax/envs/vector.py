@@ -94,8 +94,7 @@ class SerialVectorEnv:
 
     def retire(self, env: int) -> None:
         """See `VectorEnv`."""
-        image = self._last[env].image
-        self._retired[env] = Step(image, reward=0.0, terminal=False, is_first=False, episode=None)
+        self._retired[env] = self._nothing(self._last[env].image)
 
     def screen(self, env: int) -> UInt8[np.ndarray, "height width 3"]:
         """What people see of an environment that has been reset: its own screen where it has one."""
@@ -111,6 +110,7 @@ class SerialVectorEnv:
             "header": self._header,
             "health": [dataclasses.asdict(health) for health in self._health],
             "envs": [env.get_state() for env in self._envs],
+            "retired": sorted(self._retired),
         }
         return json.dumps(state).encode()
 
@@ -138,10 +138,18 @@ class SerialVectorEnv:
                     self._rebuild(index)  # with other seeds: its first episodes were played already
                 else:
                     env.set_state(each)
-            self._retired, self._last = {}, []
+            self._last = []
+            self._retired = {
+                int(i): self._nothing(np.zeros(self.spec.image_shape, np.uint8))
+                for i in loaded.get("retired", [])
+            }
         except Exception as error:
             raise ValueError(f"the saved environment state is damaged: {error!r}") from error
         return envs.count(None)
+
+    @staticmethod
+    def _nothing(image: np.ndarray) -> Step:
+        return Step(image, reward=0.0, terminal=False, is_first=False, episode=None)
 
     def close(self) -> None:
         """Lets the emulators go."""

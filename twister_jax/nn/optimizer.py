@@ -43,8 +43,8 @@ def apply_gradients(
     params: Params,
     optimizer_state: optax.OptState,
     sound: Bool[Array, ""],
-) -> tuple[Params, optax.OptState, Float[Array, ""]]:
-    """New parameters and optimiser state, or the old ones where a loss or the gradient is not finite.
+) -> tuple[Params, optax.OptState, Float[Array, ""], Bool[Array, ""]]:
+    """New parameters and optimiser state; the old where a loss, the gradient or the new are not finite.
 
     Args:
       config: of the optimiser.
@@ -54,11 +54,14 @@ def apply_gradients(
       sound: whether all losses are finite.
 
     Returns:
-      parameters, optimiser state, and the gradient's global norm before clipping.
+      parameters, optimiser state, the gradient's global norm before clipping, and whether that and the new
+      parameters were finite.
     """
     norm = global_norm(gradients)
     clip_factor = jnp.minimum(1.0, config.clip_norm / norm)
     gradients = jax.tree.map(lambda gradient: clip_factor * gradient, gradients)
     updates, new_state = make_optimizer(config).update(gradients, optimizer_state, params)
-    new = (optax.apply_updates(params, updates), new_state)
-    return (*where_finite(sound & jnp.isfinite(norm), new, (params, optimizer_state)), norm)
+    stepped = optax.apply_updates(params, updates)
+    finite = jnp.isfinite(norm) & jnp.isfinite(global_norm(stepped))
+    kept = where_finite(sound & finite, (stepped, new_state), (params, optimizer_state))
+    return (*kept, norm, finite)

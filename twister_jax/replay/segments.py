@@ -173,11 +173,10 @@ def compare(path: Path, stored: Layout, like: Replay) -> None:
                 f"{path} holds another replay: its {name} is {getattr(stored, name)}, here it is "
                 f"{getattr(here, name)}; use the settings it was trained with, or name another LOGDIR"
             )
-    if stored.capacity != here.capacity and stored.inserted > min(stored.capacity, here.capacity):
+    if here.capacity < stored.size:
         raise UserError(
-            f"{path} holds {stored.inserted} steps per stream in a replay of capacity {stored.capacity}, "
-            f"which capacity {here.capacity} cannot take over: keep the stored capacity, or name another "
-            "LOGDIR"
+            f"{path} holds {stored.size:,} steps per stream, and here is room for {here.capacity:,}: set "
+            "train.steps no lower than it was, or name another LOGDIR"
         )
 
 
@@ -197,9 +196,9 @@ def check(directory: Path, segments: Sequence[Segment], layout: Layout) -> None:
 
 
 def newest_sound(
-    directory: Path, segments: Sequence[Segment], layout: Layout
+    directory: Path, segments: Sequence[Segment], layout: Layout, capacity: int
 ) -> tuple[Layout, tuple[Segment, ...]]:
-    """What is left where segments are damaged: the steps after the last such one, counted from 0 anew.
+    """The steps after the last damaged segment, for a store of this capacity.
 
     Raises:
       OSError: one cannot be read, which is no proof of damage.
@@ -211,9 +210,32 @@ def newest_sound(
         except UnusableError:  # an error of the disk may pass, and is raised
             break
         kept.insert(0, segment)
-    shift = kept[0].start if kept else layout.inserted
-    moved = (dataclasses.replace(s, start=s.start - shift, stop=s.stop - shift) for s in kept)
-    return dataclasses.replace(layout, inserted=layout.inserted - shift), tuple(moved)
+    return _count_from(kept[0].start if kept else layout.inserted, kept, layout, capacity)
+
+
+def for_capacity(
+    segments: Sequence[Segment], layout: Layout, capacity: int
+) -> tuple[Layout, tuple[Segment, ...]]:
+    """The steps for a store of this capacity: those of a full replay are counted anew for a larger one."""
+    grows = layout.inserted > layout.capacity and capacity > layout.capacity
+    return _count_from(layout.oldest if grows else 0, segments, layout, capacity)
+
+
+def _count_from(
+    oldest: int, segments: Sequence[Segment], layout: Layout, capacity: int
+) -> tuple[Layout, tuple[Segment, ...]]:
+    """The steps from `oldest` on, which is number 0 now."""
+    moved = (dataclasses.replace(s, start=s.start - oldest, stop=s.stop - oldest) for s in segments)
+    return dataclasses.replace(layout, capacity=capacity, inserted=layout.inserted - oldest), tuple(moved)
+
+
+def move_visits(visits: np.ndarray, before: Layout, after: Layout) -> np.ndarray:
+    """Visit counts [stream, slot] of the steps that are still held, at the slots where they lie now."""
+    newest = np.arange(-min(before.size, after.size), 0)
+    moved = np.zeros((after.streams, after.size), visits.dtype)
+    here, there = ((layout.inserted + newest) % layout.capacity for layout in (after, before))
+    moved[:, here] = visits[:, there]
+    return moved
 
 
 def restore(
@@ -224,7 +246,7 @@ def restore(
     Args:
       directory: where the segments are.
       segments: sound ones that hold the steps from `layout.oldest` to `layout.inserted`.
-      layout: that of the stored replay. Where its capacity is not that of `like`, it must not be full.
+      layout: that of the store to be made.
       visits: its visit counts [stream, layout.size].
       like: an empty store, which is filled in place (donated), or its shapes.
     """
@@ -241,7 +263,7 @@ def restore(
         rows = np.zeros((chunk, layout.streams), layout.record)
         for segment in segments:
             if segment.start <= steps.max() and steps.min() < segment.stop:
-                here = (steps >= segment.start) & (steps < segment.stop)
+                here = (steps >= max(0, segment.start)) & (steps < segment.stop)
                 rows[here] = _open(directory, segment, layout)[steps[here] - segment.start]
         swapped = {name: np.ascontiguousarray(np.swapaxes(rows[name], 0, 1)) for name in _FIELDS}
         fields = _put(fields, swapped, first)

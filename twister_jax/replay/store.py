@@ -171,7 +171,12 @@ def draw_balanced(
 def _draw(
     key: PRNGKeyArray, count: int, logits: Float[Array, "stream capacity"]
 ) -> tuple[Int[Array, " count"], Int[Array, " count"]]:
-    """Sampling without replacement: the largest logits after Gumbel noise (Kool et al. 2019)."""
-    noisy = logits + jax.random.gumbel(key, logits.shape)
+    """Sampling without replacement: the largest logits after Gumbel noise (Kool et al. 2019).
+
+    JAX's generator counts the numbers of an array from its first one on. With the steps as the leading axis,
+    the noise of a step, and which of two equal ones comes first, do not depend on the capacity.
+    """
+    noisy = logits.T + jax.random.gumbel(key, logits.T.shape)
     _, place = jax.lax.top_k(noisy.reshape(-1), count)
-    return jnp.divmod(place, logits.shape[1])
+    step, stream = jnp.divmod(place, logits.shape[0])
+    return stream, step

@@ -24,10 +24,10 @@ import dataclasses
 import json
 import logging
 import os
-import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,10 @@ from twister_jax.replay.segments import Layout, Segment
 from twister_jax.replay.store import Replay
 from twister_jax.training import manifest as manifests
 from twister_jax.training import state_files
-from twister_jax.training.manifest import CHECKPOINT_NAME, Manifest, order
+from twister_jax.training.checkpoint_directory import CheckpointDirectory
+from twister_jax.training.manifest import Manifest, order
 
-_TEMPORARY_NAME = re.compile(r"tmp-(\d{9,}|delete)-[0-9a-f]{8}", re.ASCII)
-_UNUSABLE_NAME = re.compile(r"unusable-\d{9,}-\d+-[0-9a-f]{8}", re.ASCII)
-_UNUSABLE_KEPT = 2
+_PAUSES = (0.1, 0.5, 2.0)  # seconds, before something is read again
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +59,7 @@ class Snapshot:
       env: `VectorEnv.get_state()`.
       host: counters of the host loop, as JSON can hold them.
       lost: steps per stream that were damaged on disk, or older than such, and are not in `replay`.
+      visits_lost: their visit counts were damaged, and are 0 in `replay`.
     """
 
     state: Any
@@ -67,6 +67,7 @@ class Snapshot:
     env: bytes
     host: dict[str, Any]
     lost: int = 0
+    visits_lost: bool = False
 
 
 @dataclasses.dataclass
@@ -86,7 +87,7 @@ class _Draft:
     temporary: Path = Path()
 
 
-class Checkpointer:
+class Checkpointer(CheckpointDirectory):
     """Writes and reads the checkpoints of one run; one process at a time may write.
 
     Creating one touches nothing on disk, so that an evaluation can look into a running run's directory.
@@ -95,17 +96,11 @@ class Checkpointer:
     """
 
     def __init__(self, directory: Path, keep: int = 3) -> None:
-        self.directory = Path(directory).absolute()
-        self.keep = keep
-        self._replay = self.directory / "replay"
+        super().__init__(directory, keep)
         # The segments that hold the present run's steps so far: what the next save need not write again.
         self._segments: tuple[Segment, ...] = ()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._writing: concurrent.futures.Future[None] | None = None
-
-    def steps(self) -> list[int]:
-        """Steps of the checkpoints there are, usable or not, oldest first."""
-        return sorted({step for step, _ in map(order, self._checkpoints())})
 
     def save(self, step: int, snapshot: Snapshot, wait: bool = True) -> None:
         """Adds a checkpoint, then deletes what the newest `keep` do not need.
@@ -156,7 +151,7 @@ class Checkpointer:
         bad: list[Path] = []
         for path in reversed(checkpoints):
             try:
-                snapshot, self._segments = self._read(path, state_like, replay_like, salvage=False)
+                snapshot, self._segments = self._read_patiently(path, state_like, replay_like)
             except (UnusableError, OSError) as error:
                 _log.warning("checkpoint %s is unusable (%s); trying the one before", path, one_line(error))
                 bad.append(path)
@@ -171,85 +166,98 @@ class Checkpointer:
         self._refuse_if_any(bad)
         return None
 
+    def _read_patiently(
+        self, path: Path, state_like: Any, replay_like: Replay
+    ) -> tuple[Snapshot, tuple[Segment, ...]]:
+        """`_read`, waiting a little for an error of the disk to pass."""
+        for pause in (*_PAUSES, None):
+            try:
+                return self._read(path, state_like, replay_like, salvage=False)
+            except OSError as error:
+                if not files.may_pass(error):
+                    raise
+                if pause is None:
+                    raise _not_now(path, error) from None
+                time.sleep(pause)
+        raise AssertionError
+
     def _read(
         self, path: Path, state_like: Any, replay_like: Replay, salvage: bool
     ) -> tuple[Snapshot, tuple[Segment, ...]]:
         """A checkpoint, and the segments that it and the next one share."""
         manifest = manifests.read(path)
-        layout, kept = manifest.replay, manifest.segments
-        _check(path, manifest, (name for name in manifest.files if not (salvage and name == "visits.npy")))
+        stored, kept = manifest.replay, manifest.segments
+        manifest.check(path, (name for name in manifest.files if not (salvage and name == "visits.npy")))
         state_files.compare(path, manifest.state, state_like)
-        segments.compare(path, layout, replay_like)
+        segments.compare(path, stored, replay_like)
+        layout, visits = stored, np.zeros((stored.streams, stored.size), np.int32)
         if salvage:
-            layout, kept = segments.newest_sound(self._replay, kept, layout)
-            visits = np.zeros((layout.streams, layout.size), np.int32)
+            layout, kept = segments.newest_sound(self._replay, kept, stored, replay_like.capacity)
         else:
-            segments.check(self._replay, kept, layout)
-            visits = files.read_array(path / "visits.npy", np.int32, (layout.streams, layout.size))
+            segments.check(self._replay, kept, stored)
+            layout, kept = segments.for_capacity(kept, stored, replay_like.capacity)
+        visits_lost = False
+        try:
+            manifest.files["visits.npy"].check(path / "visits.npy")
+            visits = files.read_array(path / "visits.npy", np.int32, visits.shape)
+        except UnusableError:
+            if not salvage:
+                raise
+            visits_lost = True
         env = files.read(path / "env.bin", manifest.files["env.bin"].size)
         state = state_files.read(path / "state", state_like)
+        visits = segments.move_visits(visits, stored, layout)
         replay = segments.restore(self._replay, kept, layout, visits, replay_like)
-        lost = manifest.replay.size - layout.size
-        return Snapshot(state, replay, env, manifest.host, lost), () if salvage else kept
+        lost = max(0, stored.size - layout.size)
+        snapshot = Snapshot(state, replay, env, manifest.host, lost, visits_lost)
+        return snapshot, kept if layout.inserted == stored.inserted else ()
 
     def load_state(
         self, state_like: Callable[[dict[str, Any]], Any], step: int | None = None
     ) -> tuple[Any, dict[str, Any]]:
         """State and counters of one checkpoint, the newest usable by default, without replay or environment.
 
-        Changes nothing on disk. `state_like` makes of the counters a state of the same structure.
+        Changes nothing on disk. `state_like` makes of the counters a state of the same structure. `step` is
+        the environment steps behind a checkpoint. Where a run goes on beside, checkpoints come and go: what
+        vanishes, or fails in a way that may pass, is looked for again.
 
         Raises:
           UserError: there is no such checkpoint, it is not usable, or it belongs to another model.
         """
-        paths = [path for path in self._checkpoints() if step in (None, order(path)[0])]
-        for path in reversed(paths):
-            try:
-                manifest = manifests.read(path)
-                _check(path, manifest, (name for name in manifest.files if name.startswith("state/")))
-                like = state_like(manifest.host)
-                state_files.compare(path, manifest.state, like)
-                return state_files.read(path / "state", like), manifest.host
-            except (UnusableError, OSError) as error:
-                _log.warning("checkpoint %s is unusable (%s)", path, one_line(error))
-        self._refuse_if_any(paths)
-        there = ", ".join(map(str, self.steps())) or "none"
-        wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+        for pause in (*_PAUSES, None):
+            unusable: dict[Path, Exception] = {}
+            there: list[int] = []
+            for path in reversed(self._checkpoints()):
+                try:
+                    manifest = manifests.read(path)
+                    there.append(manifest.env_steps)
+                    if step not in (None, manifest.env_steps):
+                        continue
+                    manifest.check(path, (name for name in manifest.files if name.startswith("state/")))
+                    like = state_like(manifest.host)
+                    state_files.compare(path, manifest.state, like)
+                    state = state_files.read(path / "state", like)
+                except (UnusableError, OSError) as error:
+                    if pause is not None and (files.may_pass(error) or not path.exists()):
+                        time.sleep(pause)
+                        break
+                    unusable[path] = error
+                    continue
+                _warn_of(unusable)
+                return state, manifest.host
+            else:
+                break
+        for path, reason in unusable.items():
+            if files.may_pass(reason):
+                raise _not_now(path, reason)
+        _warn_of(unusable)
+        if not there or step is None:
+            self._refuse_if_any(list(unusable))
+        listed = ", ".join(f"{steps:,}" for steps in sorted(set(there))) or "none"
+        wanted = "no checkpoint" if step is None else f"no checkpoint of step {step:,}"
         raise UserError(
-            f"{self.directory} holds {wanted} (there: {there}); train first or name another LOGDIR"
+            f"{self.directory} holds {wanted} (there: {listed}); train first or name another LOGDIR"
         )
-
-    # Looking at the directory
-
-    def _paths(self, name: re.Pattern[str]) -> list[Path]:
-        """What has such a name; nothing where the directory is missing."""
-        for path in (self.directory, self._replay):
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                files.check_directory(path)
-        if not self.directory.is_dir():
-            return []
-        return [path for path in self.directory.iterdir() if name.fullmatch(path.name)]
-
-    def _checkpoints(self) -> list[Path]:
-        """Directories of complete checkpoints, oldest first."""
-        return sorted(self._paths(CHECKPOINT_NAME), key=order)
-
-    def _refuse_if_any(self, unusable: Sequence[Path]) -> None:
-        """Raises `UserError` where training anew would bury something."""
-        if unusable:
-            raise UserError(
-                f"none of the {len(unusable)} checkpoints in {self.directory} is usable (reasons above): "
-                "put back a sound copy, or name another LOGDIR to start anew"
-            )
-        known = re.compile(r"replay|(tmp|unusable)-.*|\..*")
-        foreign = sorted(
-            p.name for p in self._paths(re.compile(".*", re.DOTALL)) if not known.fullmatch(p.name)
-        )
-        if foreign and not self._checkpoints():
-            raise UserError(
-                f"{self.directory} holds {foreign[0]!r}, which is not a checkpoint of this program: "
-                "name another LOGDIR, or move it away"
-            )
 
     # Writing
 
@@ -321,51 +329,6 @@ class Checkpointer:
         new = set(draft.segments) - set(self._segments)
         segments.delete(self._replay, (segment.name for segment in new))
 
-    # Deleting. `shutil.rmtree` neither follows links nor deletes through them.
-
-    def _remove_temporaries(self) -> None:
-        for path in self._paths(_TEMPORARY_NAME):
-            shutil.rmtree(path, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)  # what a save that failed left: see _abandon
-
-    def _delete_superseded(self, newest: Path) -> None:
-        """Deletes what is not among the newest `keep`; failing at it is no failure to save."""
-        try:
-            older = [path for path in self._checkpoints() if path != newest]
-            for path in older[: max(0, len(older) - self.keep + 1)]:
-                self._delete(path)
-        except OSError as error:
-            _log.warning("cannot delete an old checkpoint in %s: %s", self.directory, error)
-            return
-        self._delete_unneeded_segments()
-
-    def _delete(self, path: Path) -> None:
-        """Deletes a checkpoint: invisible first, so that no half of one is ever found."""
-        hidden = path.with_name(f"tmp-delete-{secrets.token_hex(4)}")
-        os.rename(path, hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
-
-    def _set_aside(self, paths: Sequence[Path]) -> None:
-        """Moves unusable checkpoints out of the way of those that the resumed run will write."""
-        try:
-            for path in paths:
-                os.rename(path, path.with_name(f"unusable-{path.name}-{secrets.token_hex(4)}"))
-            aside = sorted(self._paths(_UNUSABLE_NAME), key=lambda path: path.lstat().st_mtime)
-            for path in aside[: max(0, len(aside) - _UNUSABLE_KEPT)]:
-                self._delete(path)
-        except OSError as error:
-            _log.warning("cannot move an unusable checkpoint in %s away: %s", self.directory, error)
-
-    def _delete_unneeded_segments(self) -> None:
-        """Deletes the segments that no checkpoint lists; none while one cannot be asked."""
-        try:
-            needed = {s.name for path in self._checkpoints() for s in manifests.read(path).segments}
-            there = segments.on_disk(self._replay)
-        except (UnusableError, UserError, OSError):
-            return
-        segments.delete(self._replay, there - needed)
-
 
 def _write_checkpoint(path: Path, draft: _Draft) -> None:
     """Fills the directory of one checkpoint, and sees it onto the disk."""
@@ -388,11 +351,13 @@ def _write_checkpoint(path: Path, draft: _Draft) -> None:
     files.fsync(*(p for p in path.rglob("*") if p.is_dir()), path)
 
 
-def _check(path: Path, manifest: Manifest, names: Iterable[str]) -> None:
-    """Raises `UnusableError` or `OSError` unless those files of a checkpoint are as they were written."""
-    # Orbax opens by itself what lies below state/: there must be nothing else.
-    there = {file.relative_to(path).as_posix() for file in files.regular_files(path / "state")}
-    for name in sorted(there - manifest.files.keys()):
-        raise UnusableError(f"{name} does not belong there")
-    for name in names:
-        manifest.files[name].check(path / name)
+def _warn_of(unusable: dict[Path, Exception]) -> None:
+    for path, error in unusable.items():
+        _log.warning("checkpoint %s is unusable (%s)", path, one_line(error))
+
+
+def _not_now(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path} cannot be read now ({one_line(error)}), which does not say that it is damaged: look after "
+        "the disk, and run the same command again"
+    )

@@ -16,7 +16,9 @@ from twister_jax.config import Config
 from twister_jax.envs.base import EnvStep, Episode, VectorEnv
 from twister_jax.errors import UserError
 from twister_jax.randomness import Purpose, generator_for, key_for
+from twister_jax.training.kept_games import KeptGames, Standing, fingerprint
 from twister_jax.training.load import load_run
+from twister_jax.training.lock import LostError
 from twister_jax.training.programs import Programs, trace
 from twister_jax.training.progress import Progress
 from twister_jax.training.provenance import commit, versions
@@ -47,8 +49,9 @@ def play(
     progress: Progress | None = None,
     signals: Signals | None = None,
     on_step: OnStep = lambda action, step: None,
+    kept: KeptGames | None = None,
 ) -> list[Episode]:
-    """Plays `games[i]` full games in environment i.
+    """Plays `games[i]` full games in environment i, going on from the games that are `kept`.
 
     `on_step` is shown everything: the reset with the action None, then every action and what came of it.
 
@@ -56,7 +59,7 @@ def play(
       Every counted game, by environment and then in order.
 
     Raises:
-      Interrupted: a signal came.
+      Interrupted: a signal came; where the evaluation stands was kept.
     """
     signals = signals or Signals()
     step = env.reset()
@@ -67,6 +70,8 @@ def play(
     act = Programs({"act": traced}, signals)["act"]
     played: list[list[Episode]] = [[] for _ in games]
     count = 0
+    if kept and (standing := kept.find(env, games, (carry, observation))):
+        count, played, (carry, observation) = standing.count, standing.played, standing.acting
     while any(len(mine) < wanted for mine, wanted in zip(played, games, strict=True)):
         action, carry = act(state, carry, observation, key_for(seed, Purpose.EVALUATE, count))
         vectors = np.asarray(action)
@@ -82,6 +87,8 @@ def play(
             done = [episode.score for mine in played for episode in mine]
             average = f"  mean {np.mean(done):.1f}" if done else ""
             progress.update(f"evaluating: {len(done)}/{sum(games)} games{average}  {count:,} steps")
+        if kept and (signals.received or kept.due()):
+            kept.keep(Standing(count, played, env.get_state(), (carry, observation)))
         signals.check()
     return [episode for mine in played for episode in mine]
 
@@ -95,33 +102,43 @@ def run(
     progress: Progress,
     signals: Signals,
     notes: Sequence[str] = (),
+    check_held: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Plays the evaluation of `config`, prints the result and writes evaluation.json.
 
-    `trained` has the `env_steps` and `updates` behind `state`.
+    `trained` has the `env_steps` and `updates` behind `state`; `check_held` raises where the directory is not
+    the run's any more.
 
     Raises:
       UserError: the environments fail, or the file cannot be written.
-      Interrupted: a signal came.
+      Interrupted: a signal came; the games so far are kept, and the next call goes on from there.
     """
+    what = {**trained, "game": config.game, "seed": config.seed, "settings": _settings(config)}
+    directory = Path(config.logdir)
+    kept = KeptGames(directory, fingerprint(what, state), config.train.checkpoint_minutes, progress.say)
     games = games_per_env(config.evaluation.episodes, config.evaluation.num_envs)
     seed = int(generator_for(config.seed, Purpose.EVALUATION_ENVIRONMENT).integers(2**31))
     try:
         env = make_env(config.game, config.env, len(games), seed, evaluation=True)
         try:
-            episodes = play(agent, state, env, games, config.seed, progress, signals)
+            episodes = play(agent, state, env, games, config.seed, progress, signals, kept)
         finally:
             env.close()
     except RuntimeError as error:
         raise UserError(f"evaluation failed: {error}") from error
     result = summarize(config, episodes, trained, notes)
-    path = Path(config.logdir) / FILE
-    try:
-        files.write_atomically(path, json.dumps(result, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error}") from error
-    human = result["human_normalized"]
+    path = directory / FILE
     progress.close()
+    try:
+        check_held()
+        files.write_atomically(path, json.dumps(result, indent=2) + "\n")
+    except (OSError, LostError) as error:
+        progress.say(json.dumps(result))  # hours of games are in it
+        if isinstance(error, LostError):
+            raise
+        raise UserError(f"{path} cannot be written ({error}): its content is printed above") from error
+    kept.forget()
+    human = result["human_normalized"]
     progress.say(
         f"{config.game}: mean {result['mean']:g}, median {result['median']:g}, std {result['std']:.3g} over "
         f"{len(episodes)} games" + ("" if human is None else f", human-normalised {human:.3f}") + f" → {path}"
@@ -224,7 +241,7 @@ def evaluate_directory(directory: str, step: int | None, overrides: Mapping[str,
                 loaded.counters.notes,
             )
         except Interrupted:
-            progress.say(f"{signals.name}: stopped; nothing was written")
+            progress.say(f"{signals.name}: stopped; the same command goes on with the games that are left")
             return signals.exit_code
         finally:
             progress.close()

@@ -9,8 +9,9 @@ from twister_jax.agents.base import Agent, State
 from twister_jax.config import Config
 from twister_jax.envs.base import EnvSpec
 from twister_jax.errors import UserError
-from twister_jax.fields import replace
+from twister_jax.fields import changeable, replace
 from twister_jax.training.checkpoint import Checkpointer
+from twister_jax.training.rundir import check_same_run
 from twister_jax.training.state import Counters, MakeAgent, RunState
 
 
@@ -43,23 +44,26 @@ def load_run(
 
     Args:
       directory: of the run.
-      step: of the checkpoint; None means the newest usable one.
+      step: environment steps behind the checkpoint; None means the newest usable one.
       make_agent: as `agents.make_agent`.
       **overrides: other settings by dotted name, as in `**{"evaluation.episodes": 5}`.
 
     Raises:
       UserError: it is no run directory, has no such checkpoint, or an override cannot work.
     """
-    config = replace(presets.read_config(Path(directory)), {"logdir": str(directory), **overrides})
+    stored = presets.read_config(Path(directory))
+    config = replace(stored, {"logdir": str(directory), **overrides})
     presets.validate(config)
+    checkpoints = Path(directory) / "checkpoints"
     found: dict[str, Any] = {}
 
     def state_like(host: dict[str, Any]) -> RunState:
+        check_same_run(checkpoints, host.get("config"), stored.to_dict(), changeable(stored))
         found["spec"] = spec_of(host.get("spec"), directory)
         found["agent"] = make_agent(config, found["spec"])
         return RunState.shapes(found["agent"], found["spec"], config.env.num_envs)
 
-    state, host = Checkpointer(Path(directory) / "checkpoints").load_state(state_like, step)
+    state, host = Checkpointer(checkpoints).load_state(state_like, step)
     try:
         counters = Counters.from_host(host["counters"])
     except (KeyError, TypeError, ValueError) as error:

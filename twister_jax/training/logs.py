@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +66,10 @@ class Averages:
 
     @classmethod
     def from_host(cls, values: list[dict[str, float]]) -> "Averages":
-        """What `to_host` gave."""
-        total, count = jax.tree.map(jnp.float32, values)
+        """What `to_host` gave; raises `ValueError`, `TypeError` or `AttributeError` for anything else."""
+        total, count = ({str(name): jnp.float32(float(x)) for name, x in sums.items()} for sums in values)
+        if total.keys() != count.keys():
+            raise ValueError("averages of other metrics than their counts")
         return cls(total=total, count=count)
 
 
@@ -169,18 +171,15 @@ class Log:
         tensorboard: bool,
         offset: int = 0,
         pending: list[str] | None = None,
-        resumed_at: int | None = None,
+        resumed_at: tuple[int, int] | None = None,
     ):
+        """`resumed_at`: agent steps and pretraining updates behind a resumed run."""
         self.directory = directory
         self.file = MetricsFile(directory / "metrics.jsonl", offset, pending)
-        self._progress = progress
-        self._tensorboard: TensorBoard | None = None
+        self._progress, self._tensorboard = progress, tensorboard
+        self._resumed_at = resumed_at
+        self._writers: dict[bool, TensorBoard] = {}
         self._say_if_failed(self.file.flush())
-        if tensorboard:
-            try:
-                self._tensorboard = TensorBoard(directory, resumed_at)
-            except OSError as error:
-                self._give_up_tensorboard(error)
 
     def row(self, row: Mapping[str, Any]) -> None:
         """A row of metrics.jsonl."""
@@ -192,36 +191,45 @@ class Log:
                 f"metrics.jsonl could not be written ({error}); its rows are kept for the next try"
             )
 
-    def plot(self, step: int, values: Mapping[str, float | None]) -> None:
+    def plot(self, env_steps: int, values: Mapping[str, float | None]) -> None:
         """Curves in TensorBoard."""
-        if self._tensorboard:
-            try:
-                self._tensorboard.scalars(step, values)
-            except OSError as error:
-                self._give_up_tensorboard(error)
+        self._write_events(False, lambda writer: writer.scalars(env_steps, values))
+
+    def plot_pretraining(self, updates: int, values: Mapping[str, float | None]) -> None:
+        """The same over pretraining updates, in pretraining/: a resumption takes back points by one count."""
+        self._write_events(True, lambda writer: writer.scalars(updates, values))
 
     def pictures(self, step: int, pictures: Mapping[str, Any]) -> None:
         """PNG files under `pictures/`, and the same in TensorBoard."""
         encoded = {name: (_png(np.asarray(picture)), np.shape(picture)) for name, picture in pictures.items()}
         try:
-            folder = self.directory / "pictures"
-            folder.mkdir(exist_ok=True)
-            files.check_directory(folder)
+            folder = self._folder("pictures")
             for name, (data, _) in encoded.items():
                 files.write_atomically(folder / f"{name.replace('/', '-')}-{step:07d}.png", data)
         except OSError as error:
             self._progress.say(f"pictures could not be written ({error}); training goes on")
-        if self._tensorboard:
-            try:
-                self._tensorboard.pictures(step, encoded)
-            except OSError as error:
-                self._give_up_tensorboard(error)
+        self._write_events(False, lambda writer: writer.pictures(step, encoded))
 
-    def _give_up_tensorboard(self, error: OSError) -> None:
-        self._tensorboard = None
-        self._progress.say(
-            f"TensorBoard events could not be written ({error}); none are written from here on"
-        )
+    def _folder(self, name: str) -> Path:
+        folder = self.directory / name
+        folder.mkdir(exist_ok=True)
+        files.check_directory(folder)
+        return folder
+
+    def _write_events(self, pretraining: bool, write: Callable[[TensorBoard], None]) -> None:
+        if not self._tensorboard:
+            return
+        try:
+            if pretraining not in self._writers:
+                directory = self._folder("pretraining") if pretraining else self.directory
+                resumed_at = None if self._resumed_at is None else self._resumed_at[pretraining]
+                self._writers[pretraining] = TensorBoard(directory, resumed_at)
+            write(self._writers[pretraining])
+        except OSError as error:
+            self._tensorboard = False
+            self._progress.say(
+                f"TensorBoard events could not be written ({error}); none are written from here on"
+            )
 
 
 def _png(picture: UInt8[np.ndarray, "height width 3"]) -> bytes:

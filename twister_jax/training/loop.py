@@ -38,7 +38,6 @@ def learn_everything(run: Run, iterate: Callable[[Run], None] | None = None) -> 
             learn(run)  # what the last step earned
         run.housekeep()
     run.progress.update(run.progress_line())
-    run.save()
 
 
 def fill(run: Run) -> None:

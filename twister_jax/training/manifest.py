@@ -11,6 +11,7 @@ import json
 import re
 import typing
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,22 @@ class Manifest:
     replay: Layout
     segments: tuple[Segment, ...]
     files: dict[str, Checksum]
+
+    @property
+    def env_steps(self) -> int:
+        """Environment steps behind the checkpoint; `step` also counts pretraining updates."""
+        counters = self.host.get("counters")
+        steps = counters.get("env_steps") if isinstance(counters, dict) else None
+        return steps if type(steps) is int else self.step
+
+    def check(self, path: Path, names: Iterable[str]) -> None:
+        """Raises `UnusableError` or `OSError` unless those files of `path` are as they were written."""
+        # Orbax opens by itself what lies below state/: there must be nothing else.
+        there = {file.relative_to(path).as_posix() for file in files.regular_files(path / "state")}
+        for name in sorted(there - self.files.keys()):
+            raise UnusableError(f"{name} does not belong there")
+        for name in names:
+            self.files[name].check(path / name)
 
     def render(self) -> str:
         """manifest.json: the format, the content, and a checksum of both."""

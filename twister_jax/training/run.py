@@ -3,7 +3,6 @@
 `start` is how it begins or resumes, `loop` is what it repeats.
 """
 
-import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ from twister_jax.training.memory import check_memory
 from twister_jax.training.programs import Programs
 from twister_jax.training.progress import Progress, duration
 from twister_jax.training.provenance import numerics
+from twister_jax.training.rescue import rescue
 from twister_jax.training.rundir import RunDirectory
 from twister_jax.training.signals import Signals
 from twister_jax.training.start import start_or_resume
@@ -36,6 +36,10 @@ class DivergedError(UserError):
     """Too many updates in a row were not finite."""
 
     exit_code = 1
+
+
+LOSS_SHARE = 0.01
+"""A kill costs at most `train.checkpoint_minutes`, or this share of the run's time so far if that is more."""
 
 
 class Run:
@@ -57,10 +61,17 @@ class Run:
     log: Log
 
     def __init__(
-        self, config: Config, make_agent: MakeAgent, make_env: MakeEnv, progress: Progress, signals: Signals
+        self,
+        config: Config,
+        make_agent: MakeAgent,
+        make_env: MakeEnv,
+        progress: Progress,
+        signals: Signals,
+        home: RunDirectory | None = None,
     ):
         self.config, self.progress, self.signals = config, progress, signals
         self.directory = Path(config.logdir)
+        self.home = home or RunDirectory(self.directory)
         self.make_env = make_env
         seed = int(generator_for(config.seed, Purpose.ENVIRONMENT).integers(2**31))
         try:
@@ -71,9 +82,9 @@ class Run:
         self.checkpointer = Checkpointer(self.directory / "checkpoints", config.train.keep_checkpoints)
         self.averages = {}
         self.saved_at: tuple[int, int] | None = None
+        self._saving_steps = 0
         start_or_resume(self)
         self._started = time.monotonic() - self.counters.wall_seconds
-        self._reported = self.counters.updates // max(1, config.train.report_every)
         self._tried_at, self._tried_steps = self.seconds, self.counters.env_steps
         self._pace: list[tuple[float, int]] = []
         self._shown: dict[str, Any] = {}
@@ -161,15 +172,18 @@ class Run:
     def housekeep(self) -> None:
         """Pictures, checkpoints, the progress line, and the question whether to stop."""
         train, counters = self.config.train, self.counters
-        due = train.report_every and counters.updates // train.report_every > self._reported
+        due = train.report_every and counters.updates // train.report_every > counters.reported
         if due and not self.refilling:
             report = self.program("report")
-            self._reported = counters.updates // train.report_every
+            counters.reported = counters.updates // train.report_every
             key = key_for(self.config.seed, Purpose.REPORT, counters.updates)
+            self.home.check_held()
             self.log.pictures(counters.env_steps, report(self.state.agent, self.replay, key))
+        # A loss costs at most this share of what the run took, and what is written grows with its logarithm.
+        seconds = max(60 * train.checkpoint_minutes, LOSS_SHARE * self.seconds)
         if (
             counters.env_steps // train.checkpoint_every > self._tried_steps // train.checkpoint_every
-            or self.seconds - self._tried_at > 60 * train.checkpoint_minutes
+            or self.seconds - self._tried_at > seconds
         ):
             self.save(wait=False)
         if self.progress.due():
@@ -180,6 +194,7 @@ class Run:
 
     def write_row(self, kind: str, phase: dict[str, Any] | None = None) -> None:
         """Waits for the device, writes a row of metrics.jsonl, and stops a run that diverged."""
+        self.home.check_held()
         counters = self.counters
         prefix = f"pretraining/{kind}/" if phase else ""
         values: dict[str, Any] = {prefix + name: value for name, value in self.averages[kind].means().items()}
@@ -199,7 +214,10 @@ class Run:
         }
         self.log.row({**where, **(phase or {}), **values})
         plotted = {**values, f"{prefix}steps_per_second": self.pace(), "updates": counters.updates}
-        self.log.plot(phase["phase_updates"] if phase else counters.env_steps, plotted)
+        if phase:
+            self.log.plot_pretraining(counters.pretraining_updates, plotted)
+        else:
+            self.log.plot(counters.env_steps, plotted)
         self.check_health()
 
     def check_health(self) -> None:
@@ -264,28 +282,39 @@ class Run:
         if self.saved_at == (counters.position, counters.updates):
             return True
         self.check_health()
-        if not self.directory.exists():  # it vanished: without a configuration nothing could be resumed
-            with contextlib.suppress(OSError, UserError):
-                self.directory.mkdir(parents=True)
-                RunDirectory(self.directory).write_config(self.config.to_dict())
-        counters.wall_seconds = self.seconds
+        self.home.make_again(self.config.to_dict())
         self.log.file.flush()
+        self._saving_steps = counters.env_steps
+        try:
+            self.checkpointer.save(counters.position, self.snapshot(), wait=wait)
+        except OSError as error:
+            self._not_saved(error)
+            return False
+        self.saved_at = (counters.position, counters.updates)
+        return True
+
+    def save_somewhere(self) -> Path | None:
+        """Saves the run as it stands, and where its directory refuses, in another one; says which, and where.
+
+        Returns:
+          The directory that holds it; None where nothing could be written anywhere.
+        """
+        return self.directory if self.save() else rescue(self)
+
+    def snapshot(self) -> Snapshot:
+        """All that a checkpoint holds, as the run stands."""
+        counters = self.counters
+        counters.wall_seconds = self.seconds
         host = {
             "counters": dataclasses.asdict(counters),
             "averages": {kind: averages.to_host() for kind, averages in self.averages.items()},
             "metrics_offset": self.log.file.offset,
             "metrics_pending": self.log.file.pending,
             "spec": dataclasses.asdict(self.env.spec),
+            "config": self.config.to_dict(),
             "numerics": numerics(self.config.precision),
         }
-        snapshot = Snapshot(self.state, self.replay, self.env.get_state(), host)
-        try:
-            self.checkpointer.save(counters.position, snapshot, wait=wait)
-        except OSError as error:
-            self._not_saved(error)
-            return False
-        self.saved_at = (counters.position, counters.updates)
-        return True
+        return Snapshot(self.state, self.replay, self.env.get_state(), host)
 
     def note(self, text: str) -> None:
         """Says something now that every later result repeats."""
@@ -301,9 +330,7 @@ class Run:
 
     def _not_saved(self, error: OSError) -> None:
         self.saved_at = None
-        self.progress.say(
-            f"checkpoint at step {self.counters.env_steps:,} could not be saved ({error}); going on"
-        )
+        self.progress.say(f"checkpoint at step {self._saving_steps:,} could not be saved ({error}); going on")
 
     def evaluate(self) -> None:
         """The final evaluation, unless evaluation.json already has it."""
@@ -322,6 +349,7 @@ class Run:
             self.progress,
             self.signals,
             self.counters.notes,
+            self.home.check_held,
         )
 
 

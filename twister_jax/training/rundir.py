@@ -1,10 +1,7 @@
 """The directory of a run: ours alone, writable, and holding the run that was asked for."""
 
 import contextlib
-import errno
-import fcntl
 import json
-import logging
 import os
 import tempfile
 from collections.abc import Collection, Iterator
@@ -14,9 +11,8 @@ from typing import Any
 from twister_jax import files
 from twister_jax.errors import UserError
 from twister_jax.files import UnsafePathError
+from twister_jax.training.lock import Lock
 
-_log = logging.getLogger(__name__)
-_NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _MOST_BYTES = 1 << 20  # of a config.json
 
 
@@ -30,7 +26,7 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path).absolute()
-        self._lock: Any = None
+        self._lock = Lock(self.path / "run.lock")
 
     def __enter__(self) -> "RunDirectory":
         try:
@@ -39,7 +35,7 @@ class RunDirectory:
             with tempfile.TemporaryFile(dir=self.path) as probe:
                 probe.write(b"0")
                 probe.flush()
-            lock = files.open_regular(self.path / "run.lock", "r+b", os.O_RDWR | os.O_CREAT)
+            self._lock.take()
         except UnsafePathError:
             raise
         except (FileExistsError, NotADirectoryError):
@@ -51,34 +47,36 @@ class RunDirectory:
                 f"the run directory {self.path} cannot be written to ({error.strerror}): "
                 "make it writable or name another LOGDIR"
             ) from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            text = lock.read(32).decode(errors="replace").strip()
-            pid = text if text.isdecimal() else "unknown"
-            lock.close()
-            raise UserError(
-                f"the run directory {self.path} is in use by process {pid}: "
-                "wait for it, stop it, or name another LOGDIR"
-            ) from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS_HERE:
-                lock.close()
-                raise
-            _log.warning(
-                "%s cannot be locked (%s): do not start a second run in it", self.path, error.strerror
-            )
-        self._lock = lock
-        with contextlib.suppress(OSError):  # the number only helps the other process's message
-            os.ftruncate(lock.fileno(), 0)
-            os.pwrite(lock.fileno(), f"{os.getpid()}\n".encode(), 0)
         return self
 
     def __exit__(self, *_: object) -> None:
-        # The file stays: deleting it could take it from under a process that has just opened it.
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._lock.release()
+
+    def check_held(self) -> None:
+        """Raises `LostError` where another directory, or another process, is where this one was locked."""
+        self._lock.check()
+
+    def make_again(self, config: dict[str, Any]) -> None:
+        """Makes a directory that vanished anew, locked and with its config.json; otherwise does nothing.
+
+        Raises:
+          LostError: as `check_held`, also where somebody else was quicker.
+        """
+        if self._lock.check() and self.path.exists():
+            return
+        lock = Lock(self._lock.path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.take(new=True)
+        except FileExistsError:
+            self._lock.check()
+            return
+        except OSError:  # whatever is to be written there will say so
+            return
+        self._lock.release()
+        self._lock = lock
+        with contextlib.suppress(UserError):
+            self.write_config(config)
 
     def check_config(self, config: dict[str, Any], changeable: Collection[str]) -> None:
         """Refuses another run's configuration; writes nothing.
@@ -91,30 +89,9 @@ class RunDirectory:
           UserError: other fields differ, or the directory's config.json cannot be read, or it is missing
             where there is something to resume.
         """
-        here, there = dict(_flatten(json.loads(json.dumps(config)))), self._stored_config()
-        if there is None:
-            return
-        differing = [
-            name
-            for name in (*here, *(name for name in there if name not in here))
-            if _show(there, name) != _show(here, name) and not _covered(name, changeable)
-        ]
-        # Of another agent or game everything differs, and of another version names do.
-        decisive = [name for name in ("agent", "game", "preset") if name in differing] or differing
-        if here.keys() != there.keys() and decisive is differing and differing:
-            raise UserError(
-                f"{self.path} holds a run of another version of twister_jax ({_printable(differing[0])} is "
-                f"{_show(there, differing[0])} there, {_show(here, differing[0])} here)"[:400]
-                + ": go on with that version, or name another LOGDIR"
-            )
-        if differing:
-            listed = "; ".join(
-                f"{_printable(name)} is {_show(there, name)} there, {_show(here, name)} here"[:300]
-                for name in decisive
-            )
-            raise UserError(
-                f"{self.path} holds another run: {listed}: use the stored values, or name another LOGDIR"
-            )
+        there = self._stored_config()
+        if there is not None:
+            _refuse_another(self.path, there, _values(config), changeable)
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Writes config.json where it is not there or differs.
@@ -122,7 +99,7 @@ class RunDirectory:
         Raises:
           UserError: it cannot be written.
         """
-        if self._stored_config() == dict(_flatten(json.loads(json.dumps(config)))):
+        if self._stored_config() == _values(config):
             return
         try:
             files.write_atomically(self.path / "config.json", json.dumps(config, indent=2) + "\n")
@@ -154,6 +131,50 @@ class RunDirectory:
             raise UserError(
                 f"{path} is not the configuration of a run: put back the right one, or name another LOGDIR"
             ) from None
+
+
+def check_same_run(path: Path, stored: Any, config: dict[str, Any], changeable: Collection[str]) -> None:
+    """Refuses what another run left in `path`: `stored` is its configuration; None where it is not known.
+
+    Raises:
+      UserError: fields differ that may not change.
+    """
+    if stored is None:
+        return
+    try:
+        there = _values(stored)
+    except (AttributeError, ValueError, RecursionError):
+        raise UserError(f"{path} does not say what run it is of: it is damaged") from None
+    _refuse_another(path, there, _values(config), changeable)
+
+
+def _refuse_another(
+    path: Path, there: dict[str, Any], here: dict[str, Any], changeable: Collection[str]
+) -> None:
+    differing = [
+        name
+        for name in (*here, *(name for name in there if name not in here))
+        if _show(there, name) != _show(here, name) and not _covered(name, changeable)
+    ]
+    # Of another agent or game everything differs, and of another version names do.
+    decisive = [name for name in ("agent", "game", "preset") if name in differing] or differing
+    if here.keys() != there.keys() and decisive is differing and differing:
+        raise UserError(
+            f"{path} holds a run of another version of twister_jax ({_printable(differing[0])} is "
+            f"{_show(there, differing[0])} there, {_show(here, differing[0])} here)"[:400]
+            + ": go on with that version, or name another LOGDIR"
+        )
+    if differing:
+        listed = "; ".join(
+            f"{_printable(name)} is {_show(there, name)} there, {_show(here, name)} here"[:300]
+            for name in decisive
+        )
+        raise UserError(f"{path} holds another run: {listed}: use the stored values, or name another LOGDIR")
+
+
+def _values(config: dict[str, Any]) -> dict[str, Any]:
+    """The values of a configuration, as JSON has them, by dotted names."""
+    return dict(_flatten(json.loads(json.dumps(config))))
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -9,6 +9,7 @@ import jax
 
 from twister_jax import presets
 from twister_jax.errors import UserError
+from twister_jax.fields import changeable
 from twister_jax.files import one_line
 from twister_jax.randomness import Purpose, key_for
 from twister_jax.replay import store
@@ -18,7 +19,7 @@ from twister_jax.training.logs import Averages, Log
 from twister_jax.training.memory import check_memory
 from twister_jax.training.programs import Programs, trace, trace_agent
 from twister_jax.training.provenance import different_numerics
-from twister_jax.training.rundir import RunDirectory
+from twister_jax.training.rundir import check_same_run
 from twister_jax.training.state import Counters, RunState, tree_bytes
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def start_or_resume(run: "Run") -> None:
             run.programs = _compile(run, shapes, replay_shapes)
         return
     run.counters, run.stored = Counters(), 0
-    RunDirectory(run.directory).write_config(config.to_dict())  # nothing refuses the run from here on
+    run.home.write_config(config.to_dict())  # nothing refuses the run from here on
     run.log = Log(run.directory, run.progress, config.train.tensorboard)
     try:
         step = run.env.reset()
@@ -70,6 +71,8 @@ def start_or_resume(run: "Run") -> None:
 def _resume(run: "Run", snapshot: Snapshot) -> None:
     host = snapshot.host
     run.state, run.replay = snapshot.state, snapshot.replay
+    may_change = changeable(run.config)
+    check_same_run(run.checkpointer.directory, host.get("config"), run.config.to_dict(), may_change)
     try:  # it may come from a stranger
         run.counters = Counters.from_host(host["counters"])
         run.averages = {kind: Averages.from_host(sums) for kind, sums in host["averages"].items()}
@@ -80,7 +83,7 @@ def _resume(run: "Run", snapshot: Snapshot) -> None:
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"cannot resume {run.directory}: {one_line(error)}") from error
     run.saved_at = (run.counters.position, run.counters.updates)
-    RunDirectory(run.directory).write_config(run.config.to_dict())
+    run.home.write_config(run.config.to_dict())
     run.progress.say(f"resuming {run.directory} at step {run.counters.env_steps:,}")
     run.stored = int(run.replay.inserted)
     if snapshot.lost:
@@ -93,6 +96,8 @@ def _resume(run: "Run", snapshot: Snapshot) -> None:
             f"resumed at step {run.counters.env_steps:,} with new episodes, as {run.config.game} cannot be "
             f"saved: not as if undisturbed"
         )
+    if snapshot.visits_lost:
+        run.note(f"visit counts were damaged on disk: counted anew from step {run.counters.env_steps:,}")
     if not run.finished and (changed := different_numerics(host.get("numerics"), run.config.precision)):
         run.note(f"resumed at step {run.counters.env_steps:,} with {changed}: not bit for bit")
     run.log = Log(
@@ -101,7 +106,7 @@ def _resume(run: "Run", snapshot: Snapshot) -> None:
         run.config.train.tensorboard,
         offset=offset,
         pending=pending,
-        resumed_at=run.counters.env_steps,
+        resumed_at=(run.counters.env_steps, run.counters.pretraining_updates),
     )
 
 

@@ -84,6 +84,8 @@ class Counters:
     """(score, length) of the games that ended since the last row."""
     recent_scores: list[float] = dataclasses.field(default_factory=list)
     """Of the last ten games."""
+    reported: int = 0
+    """Pictures that were due so far."""
     wall_seconds: float = 0.0
     notes: list[str] = dataclasses.field(default_factory=list)
     """What a reader of the results should know: resumptions that were not exact, steps that were lost."""
@@ -96,7 +98,7 @@ class Counters:
           TypeError, ValueError: it is something else.
         """
         counters = cls(**values)
-        counts = ("iterations", "env_steps", "updates", "pretraining_updates", "filled_at")
+        counts = ("iterations", "env_steps", "updates", "pretraining_updates", "filled_at", "reported")
         for name in counts:
             value = getattr(counters, name)
             if not (name == "filled_at" and value is None) and (

@@ -4,9 +4,11 @@ from pathlib import Path
 
 from twister_jax import agents, envs
 from twister_jax.config import Config
-from twister_jax.fields import describe
+from twister_jax.fields import changeable
 from twister_jax.training import loop
+from twister_jax.training.lock import LostError
 from twister_jax.training.progress import Progress
+from twister_jax.training.rescue import rescue
 from twister_jax.training.run import Run
 from twister_jax.training.rundir import RunDirectory
 from twister_jax.training.signals import Interrupted, Signals
@@ -19,29 +21,42 @@ def train(
     """Trains, evaluates, and leaves everything in the run directory; goes on where an earlier call stopped.
 
     Returns:
-      The exit code: 0, or 128 + the number of the signal that ended the run.
+      The exit code: 0, or 128 + the number of the signal that ended the run, or 1 where the run directory
+      does not hold what was trained.
 
     Raises:
       UserError: the directory, the memory or the settings do not allow the run.
       run.DivergedError: see `train.max_bad_updates`.
     """
     progress = Progress()
-    changeable = [name for name, field in describe(config).items() if field.changeable]
     with RunDirectory(Path(config.logdir)) as directory, Signals() as signals:
-        directory.check_config(config.to_dict(), changeable)
-        run = Run(config, make_agent, make_env, progress, signals)
+        directory.check_config(config.to_dict(), changeable(config))
+        run = Run(config, make_agent, make_env, progress, signals, directory)
         try:
-            loop.learn_everything(run)
-            progress.close()
-            run.evaluate()
-        except Interrupted:
-            saved = run.save()
-            progress.say(
-                f"{signals.name}: {'saved' if saved else 'not saved'}; the same command goes on from there"
-            )
-            return signals.exit_code
+            return _learn_and_evaluate(run)
+        except LostError:
+            rescue(run)
+            raise
         finally:
             progress.close()
             run.finish_saving()
             run.env.close()
-    return 0
+
+
+def _learn_and_evaluate(run: Run) -> int:
+    """Returns the exit code."""
+    say, signals = run.progress.say, run.signals
+    try:
+        loop.learn_everything(run)
+        run.progress.close()
+        kept = run.save_somewhere()
+        run.evaluate()
+        return 0 if kept == run.directory else 1
+    except Interrupted:
+        kept = run.save_somewhere()
+        if kept is None:
+            say(f"{signals.name}: not saved; the same command goes on from the newest checkpoint there is")
+        else:
+            command = "the same command" if kept == run.directory else f"the same command with LOGDIR={kept}"
+            say(f"{signals.name}: saved; {command} goes on from there")
+        return signals.exit_code

@@ -5,16 +5,20 @@ from collections.abc import Iterator
 from typing import Annotated
 
 from twister_jax.agents import Preset
-from twister_jax.config import AlgorithmConfig, Config, OptimizerConfig, too_few_steps
+from twister_jax.config import AlgorithmConfig, Config, OptimizerConfig, too_few_steps, too_many_steps
 from twister_jax.fields import (
-    AtLeastTwo,
+    MOST_WIDE,
     Fraction,
     FractionBelowOne,
     Increasing,
+    Length,
+    LengthFromTwo,
     NonNegative,
+    Parts,
     PositiveFraction,
-    PositiveInt,
     Range,
+    Size,
+    SizeFromTwo,
 )
 
 
@@ -22,33 +26,33 @@ from twister_jax.fields import (
 class TwisterModelConfig:
     """Sizes of TWISTER's networks."""
 
-    hidden_size: AtLeastTwo = 512
+    hidden_size: SizeFromTwo = 512
     """Width of the transformer and of every head."""
-    cnn_channels: PositiveInt = 32
+    cnn_channels: Size = 32
     """Channels of the first encoder convolution; each of the four layers doubles it."""
-    stoch_groups: PositiveInt = 32
+    stoch_groups: Size = 32
     """Categorical variables in the latent."""
-    stoch_classes: AtLeastTwo = 32
+    stoch_classes: SizeFromTwo = 32
     """Classes of each categorical variable."""
     uniform_mix: FractionBelowOne = 0.01
     """Share of the uniform distribution mixed into latents and policy."""
-    transformer_blocks: PositiveInt = 4
+    transformer_blocks: Parts = 4
     """Transformer blocks."""
-    attention_heads: PositiveInt = 8
+    attention_heads: Size = 8
     """Attention heads of a block; `hidden_size` is divided among them."""
-    attention_context: Annotated[int, Range(1, 10_000)] = 8
+    attention_context: Length = 8
     """Earlier positions a position sees, besides itself."""
     dropout: FractionBelowOne = 0.1
     """Inside the transformer, only while the world model trains."""
-    contrastive_steps: PositiveInt = 10
+    contrastive_steps: Parts = 10
     """Steps ahead that are predicted contrastively, counting the present."""
-    contrastive_size: PositiveInt = 512
+    contrastive_size: Size = 512
     """Width of the contrastive heads."""
     contrastive_actions: bool = True
     """Contrastive queries also read the actions up to the step that they look for."""
     decoder_reads_state: bool = False
     """The decoder reads (z, h) in place of the latent alone."""
-    num_bins: Annotated[int, Range(3, 10**9)] = 255
+    num_bins: Annotated[int, Range(3, MOST_WIDE)] = 255
     """Bins of the symlog two-hot reward and value distributions."""
 
     @property
@@ -66,11 +70,11 @@ class TwisterModelConfig:
 class TwisterConfig(AlgorithmConfig):
     """TWISTER: everything that one update depends on."""
 
-    batch_size: PositiveInt = 16
+    batch_size: Size = 16
     """Replayed windows in one update."""
-    batch_length: AtLeastTwo = 64
+    batch_length: LengthFromTwo = 64
     """Steps of a replayed window."""
-    imagination_horizon: PositiveInt = 15
+    imagination_horizon: Length = 15
     """Imagined steps behind every start state."""
     model: TwisterModelConfig = TwisterModelConfig()
     """Sizes of the networks."""
@@ -117,6 +121,8 @@ class TwisterConfig(AlgorithmConfig):
 
     def problems(self, config: Config) -> Iterator[str]:
         """See `AlgorithmConfig`."""
+        names = ("batch_size", "batch_length", "imagination_horizon")
+        yield from too_many_steps({f"algorithm.{name}": getattr(self, name) for name in names})
         model = self.model
         width, heads = model.hidden_size, model.attention_heads
         if width % heads:

@@ -10,6 +10,7 @@ from twister_jax.agents.fixtures import (
     LOSS_TOLERANCE,
     Fixture,
     Row,
+    checked,
     gradient_rows,
     published_weights,
     relative_error,
@@ -36,7 +37,7 @@ LOSS_NAMES = {
 
 def config_of(sizes: dict[str, Any]) -> TwisterConfig:
     """The configuration a fixture was made with."""
-    return TwisterConfig(
+    config = TwisterConfig(
         batch_size=sizes["batch_size"],
         batch_length=sizes["batch_length"],
         imagination_horizon=sizes["imagination_horizon"],
@@ -53,6 +54,7 @@ def config_of(sizes: dict[str, Any]) -> TwisterConfig:
             dropout=0.0,
         ),
     )
+    return checked(config, sizes["num_actions"])
 
 
 def compare(sizes: dict[str, Any], fixture: Fixture, dtype: DTypeLike) -> list[Row]:

@@ -4,15 +4,18 @@ import dataclasses
 from collections.abc import Iterator
 
 from twister_jax.agents import Preset
-from twister_jax.config import AlgorithmConfig, Config, OptimizerConfig, too_few_steps
+from twister_jax.config import AlgorithmConfig, Config, OptimizerConfig, too_few_steps, too_many_steps
 from twister_jax.fields import (
-    AtLeastTwo,
     Fraction,
     FractionBelowOne,
+    Length,
+    LengthFromTwo,
     NonNegative,
     NonNegativeInt,
+    Parts,
     Positive,
-    PositiveInt,
+    Size,
+    SizeFromTwo,
     Widths,
 )
 
@@ -21,27 +24,27 @@ from twister_jax.fields import (
 class TwmModelConfig:
     """Sizes of TWM's networks."""
 
-    frame_stack: PositiveInt = 4
+    frame_stack: Parts = 4
     """Grey frames that one observation consists of."""
-    cnn_channels: PositiveInt = 48
+    cnn_channels: Size = 48
     """Channels of the first encoder convolution; each of the four layers doubles it."""
     encoder_hidden: Widths = (512, 512)
     """Widths of the layers between the convolutions and the latent."""
-    stoch_groups: PositiveInt = 32
+    stoch_groups: Size = 32
     """Categorical variables in the latent."""
-    stoch_classes: AtLeastTwo = 32
+    stoch_classes: SizeFromTwo = 32
     """Classes of each categorical variable."""
-    hidden_size: AtLeastTwo = 256
+    hidden_size: SizeFromTwo = 256
     """Width of the transformer."""
-    transformer_layers: PositiveInt = 10
+    transformer_layers: Parts = 10
     """Transformer layers."""
-    attention_heads: PositiveInt = 4
+    attention_heads: Size = 4
     """Attention heads of a layer."""
-    head_size: PositiveInt = 64
+    head_size: Size = 64
     """Width of each attention head."""
-    feedforward_size: PositiveInt = 1024
+    feedforward_size: Size = 1024
     """Width between the two halves of a feed-forward layer."""
-    memory_steps: PositiveInt = 16
+    memory_steps: Length = 16
     """Earlier steps that an action token sees, besides its own."""
     dropout: FractionBelowOne = 0.1
     """Inside the dynamics model, only while it trains."""
@@ -66,15 +69,15 @@ class TwmModelConfig:
 class TwmConfig(AlgorithmConfig):
     """TWM: everything that one update depends on."""
 
-    batch_size: PositiveInt = 100
+    batch_size: Size = 100
     """Replayed windows in one update."""
-    batch_length: AtLeastTwo = 16
+    batch_length: LengthFromTwo = 16
     """Steps of a replayed window; one step of context before and one frame after come on top."""
-    imagination_batch: PositiveInt = 400
+    imagination_batch: Size = 400
     """Imagined rollouts per update."""
-    imagination_horizon: PositiveInt = 15
+    imagination_horizon: Length = 15
     """Steps of an imagined rollout."""
-    restart_frames: PositiveInt = 256
+    restart_frames: Size = 256
     """Replay frames encoded per update for rollouts to restart from; more restarts reuse them in turn."""
     balanced_sampling: bool = True
     """Draw windows less often the more often they were drawn before; otherwise all alike."""
@@ -136,6 +139,8 @@ class TwmConfig(AlgorithmConfig):
 
     def problems(self, config: Config) -> Iterator[str]:
         """See `AlgorithmConfig`."""
+        for names in (("batch_size", "batch_length"), ("imagination_batch", "imagination_horizon")):
+            yield from too_many_steps({f"algorithm.{name}": getattr(self, name) for name in names})
         if not getattr(config.env, "grayscale", True):
             yield "env.grayscale = False: must be True, as TWM stacks grey frames"
         if self.model.hidden_size % 2:

@@ -12,6 +12,7 @@ from twister_jax.agents.fixtures import (
     LOSS_TOLERANCE,
     Fixture,
     Row,
+    checked,
     gradient_rows,
     published_weights,
     relative_error,
@@ -28,7 +29,7 @@ from twister_jax.nn.distributions import GivenSampler
 
 def config_of(sizes: dict[str, Any]) -> TwmConfig:
     """The configuration a fixture was made with."""
-    return TwmConfig(
+    config = TwmConfig(
         batch_size=sizes["batch_size"],
         batch_length=sizes["sequence_length"],
         imagination_batch=sizes["ac_batch_size"],
@@ -52,6 +53,7 @@ def config_of(sizes: dict[str, Any]) -> TwmConfig:
             critic=tuple(sizes["critic_dims"]),
         ),
     )
+    return checked(config, sizes["num_actions"])
 
 
 def compare(sizes: dict[str, Any], fixture: Fixture, dtype: DTypeLike) -> list[Row]:
