@@ -46,7 +46,7 @@ class EvaluateOptions:
     episodes: NonNegativeInt = 0
     """Full games played; 0 means as many as the run's configuration says."""
     step: NonNegativeInt = 0
-    """Step of the checkpoint; 0 means the newest."""
+    """Environment steps behind the checkpoint; 0 means the newest."""
 
 
 @dataclasses.dataclass(frozen=True)

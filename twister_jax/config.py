@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from twister_jax.fields import CHANGEABLE, NonNegative, NonNegativeInt, Positive, PositiveInt, Range
+from twister_jax.fields import CHANGEABLE, NonNegative, NonNegativeInt, Positive, PositiveInt, Range, describe
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -114,6 +114,10 @@ class Config:
     """Run directory; empty means runs/AGENT-GAME-PRESET-seedSEED."""
     precision: Precision = "auto"
     """Number format of matrix products; auto: bfloat16 on GPU and TPU, float32 on CPU."""
+
+    def changeable(self) -> list[str]:
+        """Dotted names of what a resumed run may have otherwise."""
+        return [name for name, field in describe(self).items() if field.changeable]
 
     def to_dict(self) -> dict[str, Any]:
         """As config.json has it."""

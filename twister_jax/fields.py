@@ -138,11 +138,6 @@ def describe(settings: Any, prefix: str = "", changeable: bool = False) -> dict[
     return fields
 
 
-def changeable(settings: Any) -> list[str]:
-    """Dotted names of what a resumed run may have otherwise."""
-    return [name for name, field in describe(settings).items() if field.changeable]
-
-
 @functools.cache
 def documentation(settings: Any) -> dict[str, str]:
     """Field name -> the string that stands below the field in the class."""

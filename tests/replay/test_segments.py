@@ -89,7 +89,7 @@ def test_steps_move_to_the_slots_of_another_capacity(tmp_path, chunks_of_three):
 @pytest.mark.parametrize("stops", [[17], [9, 12, 17], [3, 17]])
 def test_steps_of_a_replay_that_went_round_move_into_a_larger_one(tmp_path, chunks_of_three, stops):
     """They are counted from the oldest one held, wherever the segments begin."""
-    replay, longer = make(10, 17), make(40, 17)
+    replay, longer = make(10, 17), make(17, 17)
     parts = []
     start = 0
     for stop in stops:

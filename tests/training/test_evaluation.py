@@ -152,9 +152,7 @@ def test_loading_a_run(tmp_path):
     assert loaded.config.train.steps == 60
     assert (loaded.spec.num_actions, loaded.spec.action_names) == (3, ("LEFT", "STAY", "RIGHT"))
     assert loaded.counters.env_steps == 60
-    steps = sorted(int(path.name.split("-")[0]) for path in (tmp_path / "checkpoints").glob("0*"))
-    earlier = load_run(tmp_path, step=steps[0])
-    assert earlier.counters.env_steps < 60
+    assert load_run(tmp_path, step=50).counters.env_steps == 50
     with pytest.raises(UserError, match="holds no checkpoint of step 17"):
         load_run(tmp_path, step=17)
     with pytest.raises(UserError, match="is not a run directory"):

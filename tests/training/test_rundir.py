@@ -198,7 +198,8 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
         holder.wait()
         holder.stdout.close()
     with RunDirectory(tmp_path):
-        assert (tmp_path / "run.lock").read_text() == f"{os.getpid()}\n"
+        assert (tmp_path / "run.lock").read_text().startswith(f"{os.getpid()} ")
+    assert not (tmp_path / "run.lock").read_text()
 
 
 def test_the_lock_is_released_on_the_way_out(tmp_path):

@@ -115,7 +115,8 @@ def run(
     """
     what = {**trained, "game": config.game, "seed": config.seed, "settings": _settings(config)}
     directory = Path(config.logdir)
-    kept = KeptGames(directory, fingerprint(what, state), config.train.checkpoint_minutes, progress.say)
+    minutes = config.train.checkpoint_minutes
+    kept = KeptGames(directory, fingerprint(what, state), minutes, progress.say, check_held)
     games = games_per_env(config.evaluation.episodes, config.evaluation.num_envs)
     seed = int(generator_for(config.seed, Purpose.EVALUATION_ENVIRONMENT).integers(2**31))
     try:

@@ -24,6 +24,7 @@ import numpy as np
 from twister_jax import files
 from twister_jax.envs.base import Episode, VectorEnv
 from twister_jax.errors import UserError
+from twister_jax.training.lock import LostError
 from twister_jax.training.state import tree_bytes
 
 _MOST_BYTES = 1 << 32
@@ -63,11 +64,19 @@ class KeptGames:
       of: the evaluation's fingerprint.
       minutes: between two times that they are kept without a signal.
       say: prints a line.
+      check_held: raises `LostError` where the directory is not the run's any more.
     """
 
-    def __init__(self, directory: Path, of: str, minutes: float, say: Callable[[str], None]):
+    def __init__(
+        self,
+        directory: Path,
+        of: str,
+        minutes: float,
+        say: Callable[[str], None],
+        check_held: Callable[[], None],
+    ):
         self.path = directory / "evaluation.partial"
-        self._of, self._seconds, self._say = of, 60 * minutes, say
+        self._of, self._seconds, self._say, self._check_held = of, 60 * minutes, say, check_held
         self._kept_at = time.monotonic()
 
     def find(self, env: VectorEnv, games: list[int], like: Any) -> Standing | None:
@@ -85,13 +94,14 @@ class KeptGames:
         if standing is None:
             return None
         try:
-            env.set_state(standing.env)
+            restarted = env.set_state(standing.env)
         except ValueError as error:
             raise UserError(
                 f"{self.path} holds games of other environments ({files.one_line(error)}): move it away, and "
                 "all games are played"
             ) from None
-        self._say(f"going on after {sum(map(len, standing.played))} of {sum(games)} games")
+        unfinished = ", the unfinished ones from their start" if restarted else ""
+        self._say(f"going on after {sum(map(len, standing.played))} of {sum(games)} games{unfinished}")
         return standing
 
     def due(self) -> bool:
@@ -110,8 +120,9 @@ class KeptGames:
             "crc32": zlib.crc32(data),
         }
         try:
+            self._check_held()
             files.write_atomically(self.path, json.dumps(header).encode() + b"\n" + data)
-        except OSError as error:
+        except (OSError, LostError) as error:
             scores = [float(episode.score) for mine in standing.played for episode in mine]
             self._say(f"the games so far cannot be kept ({error}); their scores: {scores}")
 

@@ -9,7 +9,7 @@ from twister_jax.agents.base import Agent, State
 from twister_jax.config import Config
 from twister_jax.envs.base import EnvSpec
 from twister_jax.errors import UserError
-from twister_jax.fields import changeable, replace
+from twister_jax.fields import replace
 from twister_jax.training.checkpoint import Checkpointer
 from twister_jax.training.rundir import check_same_run
 from twister_jax.training.state import Counters, MakeAgent, RunState
@@ -58,7 +58,7 @@ def load_run(
     found: dict[str, Any] = {}
 
     def state_like(host: dict[str, Any]) -> RunState:
-        check_same_run(checkpoints, host.get("config"), stored.to_dict(), changeable(stored))
+        check_same_run(checkpoints, host.get("config"), stored.to_dict(), stored.changeable())
         found["spec"] = spec_of(host.get("spec"), directory)
         found["agent"] = make_agent(config, found["spec"])
         return RunState.shapes(found["agent"], found["spec"], config.env.num_envs)

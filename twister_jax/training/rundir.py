@@ -75,8 +75,10 @@ class RunDirectory:
             return
         self._lock.release()
         self._lock = lock
-        with contextlib.suppress(UserError):
-            self.write_config(config)
+        # A save that was being written may have made a part of the directory again already.
+        if not os.path.lexists(self.path / "config.json"):
+            with contextlib.suppress(OSError):
+                self._write_config(config)
 
     def check_config(self, config: dict[str, Any], changeable: Collection[str]) -> None:
         """Refuses another run's configuration; writes nothing.
@@ -102,12 +104,15 @@ class RunDirectory:
         if self._stored_config() == _values(config):
             return
         try:
-            files.write_atomically(self.path / "config.json", json.dumps(config, indent=2) + "\n")
+            self._write_config(config)
         except OSError as error:
             raise UserError(
                 f"{self.path}/config.json cannot be written ({error.strerror}): "
                 "make room or make it writable, or name another LOGDIR"
             ) from None
+
+    def _write_config(self, config: dict[str, Any]) -> None:
+        files.write_atomically(self.path / "config.json", json.dumps(config, indent=2) + "\n")
 
     def _stored_config(self) -> dict[str, Any] | None:
         """The values of config.json by dotted names; None where there is none."""

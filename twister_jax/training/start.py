@@ -9,7 +9,6 @@ import jax
 
 from twister_jax import presets
 from twister_jax.errors import UserError
-from twister_jax.fields import changeable
 from twister_jax.files import one_line
 from twister_jax.randomness import Purpose, key_for
 from twister_jax.replay import store
@@ -71,7 +70,7 @@ def start_or_resume(run: "Run") -> None:
 def _resume(run: "Run", snapshot: Snapshot) -> None:
     host = snapshot.host
     run.state, run.replay = snapshot.state, snapshot.replay
-    may_change = changeable(run.config)
+    may_change = run.config.changeable()
     check_same_run(run.checkpointer.directory, host.get("config"), run.config.to_dict(), may_change)
     try:  # it may come from a stranger
         run.counters = Counters.from_host(host["counters"])

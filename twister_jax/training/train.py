@@ -4,7 +4,6 @@ from pathlib import Path
 
 from twister_jax import agents, envs
 from twister_jax.config import Config
-from twister_jax.fields import changeable
 from twister_jax.training import loop
 from twister_jax.training.lock import LostError
 from twister_jax.training.progress import Progress
@@ -30,7 +29,7 @@ def train(
     """
     progress = Progress()
     with RunDirectory(Path(config.logdir)) as directory, Signals() as signals:
-        directory.check_config(config.to_dict(), changeable(config))
+        directory.check_config(config.to_dict(), config.changeable())
         run = Run(config, make_agent, make_env, progress, signals, directory)
         try:
             return _learn_and_evaluate(run)

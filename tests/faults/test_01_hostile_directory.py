@@ -1,0 +1,146 @@
+"""1. Loading a run from a stranger is safe: whatever lies in its directory, no file elsewhere changes."""
+
+import json
+import os
+import shutil
+import zlib
+
+import pytest
+
+from twister_jax import cli
+from twister_jax.training import manifest
+
+SEGMENT = "000000000-000000003-0123abcd.npy"
+
+
+@pytest.fixture(scope="module")
+def canary_names():
+    return ["shell-start-up", SEGMENT, "manifest.json", "metrics.jsonl", "replay/" + SEGMENT, "state/d"]
+
+
+@pytest.fixture
+def home(tmp_path, canary_names):
+    """Somebody's files, among them some with names of ours."""
+    folder = tmp_path / "home"
+    for name in canary_names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("canary")
+    return folder
+
+
+def state_of(folder):
+    """Everything that can change about files: names, content, times, modes, links."""
+    found = {}
+    for path in (folder, *sorted(folder.rglob("*"))):
+        stat = os.lstat(path)
+        content = path.read_bytes() if path.is_file() else b""
+        found[str(path)] = (content, stat.st_mode, stat.st_mtime_ns, stat.st_nlink, stat.st_ino)
+    return found
+
+
+def replace(path, make):
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    make(path)
+
+
+def link(name, target):
+    """In place of something of the run there is a link to something of the user's."""
+    return lambda run, home: replace(run / name, lambda path: path.symlink_to(home / target))
+
+
+def forge(change):
+    """All manifests say something else, with the right checksum."""
+
+    def act(run, home):
+        for path in run.glob("checkpoints/0*/manifest.json"):
+            content = json.loads(path.read_text())["content"]
+            change(content, home)
+            text = json.dumps([manifest.FORMAT, content], sort_keys=True).encode()
+            whole = {"format": manifest.FORMAT, "crc32": zlib.crc32(text), "content": content}
+            path.write_text(json.dumps(whole, sort_keys=True, indent=1) + "\n")
+
+    return act
+
+
+def overwritten_rows(content, home):
+    content["host"] |= {"metrics_offset": 0, "metrics_pending": ["evil\n"]}
+
+
+def segments_elsewhere(content, home):
+    for segment in content["segments"]:
+        segment["name"] = f"../../../home/{segment['name']}"
+
+
+def files_elsewhere(content, home):
+    content["files"]["../../../home/shell-start-up"] = content["files"].pop("env.bin")
+
+
+def rows(run, home):
+    link("metrics.jsonl", "shell-start-up")(run, home)
+    forge(overwritten_rows)(run, home)
+
+
+def hard_linked_rows(run, home):
+    replace(run / "metrics.jsonl", lambda path: os.link(home / "shell-start-up", path))
+    forge(overwritten_rows)(run, home)
+
+
+def linked_leftovers(run, home):
+    for name in ("tmp-000000009-0123abcd", "unusable-000000009-0-0123abcd", "000000999-0"):
+        (run / "checkpoints" / name).symlink_to(home)
+    (run / "checkpoints" / "replay" / SEGMENT).symlink_to(home / SEGMENT)
+
+
+def linked_results(run, home):
+    for name in ("evaluation.json", "evaluation.partial", "pretraining", "pictures"):
+        replace(run / name, lambda path: path.symlink_to(home / "shell-start-up"))
+
+
+def linked_state(run, home):
+    for path in run.glob("checkpoints/0*/state"):
+        replace(path, lambda path: path.symlink_to(home / "state"))
+
+
+def pipes(run, home):
+    for name in ("metrics.jsonl", "evaluation.json", "evaluation.partial"):
+        replace(run / name, os.mkfifo)
+
+
+KINDS = {
+    "rows are somebody's file": rows,
+    "rows are a second name of it": hard_linked_rows,
+    "the lock is a link": link("run.lock", "shell-start-up"),
+    "the configuration is a link": link("config.json", "manifest.json"),
+    "checkpoints are a link": link("checkpoints", "."),
+    "the replay is a link": link("checkpoints/replay", "replay"),
+    "segments lie elsewhere": forge(segments_elsewhere),
+    "files lie elsewhere": forge(files_elsewhere),
+    "what is cleared away is links": linked_leftovers,
+    "results are links": linked_results,
+    "states are links": linked_state,
+    "pipes in place of files": pipes,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_canary_changes(kind, tmp_path, home, undisturbed, monkeypatch, capsys):
+    """Every command that takes a run directory is run on it: each works or refuses in one line."""
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    KINDS[kind](run, home)
+    before = state_of(home)
+    monkeypatch.chdir(tmp_path)
+    flags = ["--agent", "minimal", "--game", "Catch", "--preset", "debug", "--precision", "float32"]
+    flags += ["--env.num-envs", "2", "--checkpoint-every", "4", "--keep-checkpoints", "1", "--steps", "130"]
+    commands = [["evaluate", "--episodes", "2"], ["train", *flags]]
+    commands += [[name] for name in cli.COMMANDS if name not in ("train", "evaluate", "parity", "doctor")]
+    for command in commands:
+        try:
+            code = cli.main([*command, "--logdir", str(run)])
+        except SystemExit as end:
+            code = end.code
+        said = capsys.readouterr()
+        assert code in (0, 1, 2), said.err
+        assert "Traceback" not in said.err + said.out
+        assert state_of(home) == before, (kind, command)
+    assert sorted(os.listdir(tmp_path)) == ["home", "run"]

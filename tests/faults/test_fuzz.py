@@ -1,0 +1,273 @@
+"""Random input of four kinds: command lines, config.json, manifests, fixtures. None ends in a traceback.
+
+Everything runs in this process, and stops where computing would begin. 25 cases of each kind in `make test`,
+500 in `make test-faults`.
+"""
+
+import contextlib
+import copy
+import io
+import json
+import os
+import shutil
+import zlib
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.runs import config_of
+from twister_jax import cli, parity
+from twister_jax.errors import UserError
+from twister_jax.fields import describe
+from twister_jax.presets import make_config
+from twister_jax.training import evaluation, loop, manifest, start, train
+from twister_jax.training.load import load_run
+from twister_jax.training.run import Run
+from twister_jax.training.rundir import RunDirectory
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+
+FEW = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+
+numbers = st.one_of(
+    st.integers(-3, 70),
+    st.sampled_from(
+        [-1, 2**31 - 1, 2**31, 2**63, 10**9, 10**30, 1e-320, 1.7e308, float("inf"), float("nan")]
+    ),
+    st.floats(allow_nan=True, allow_infinity=True),
+)
+texts = st.one_of(st.text(max_size=12), st.sampled_from(["", "..", "/", "\n", "\x1b[2J", "a" * 3000, "ä→"]))
+junk = st.recursive(
+    st.one_of(st.none(), st.booleans(), numbers, texts),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(texts, inner, max_size=4)),
+    max_leaves=6,
+)
+changes = st.lists(
+    st.tuples(st.integers(0, 10**6), st.sampled_from(["replace", "delete", "add"]), junk),
+    min_size=1,
+    max_size=3,
+)
+
+
+def places(tree, above=()):
+    """The path of everything in a tree of dictionaries and lists."""
+    inside = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for name, value in inside:
+        yield (*above, name)
+        yield from places(value, (*above, name))
+
+
+def changed(tree, changes):
+    """The tree with some of its values replaced, deleted or joined by others."""
+    tree = copy.deepcopy(tree)
+    for index, what, value in changes:
+        paths = list(places(tree))
+        if not paths:
+            return value
+        *above, name = paths[index % len(paths)]
+        holder = tree
+        for step in above:
+            holder = holder[step]
+        if what == "delete":
+            del holder[name]
+        elif what == "replace" or isinstance(holder, list):
+            holder[name] = value
+        else:
+            holder[f"{name}x"] = value
+    return tree
+
+
+def damaged(data, index, what, value):
+    """Bytes with some of them cut off, replaced or added."""
+    at = index % (len(data) + 1)
+    more = json.dumps(value, default=str).encode(errors="replace")
+    return data[:at] + (b"" if what == "delete" else more) + (b"" if what == "replace" else data[at + 1 :])
+
+
+@pytest.fixture(autouse=True)
+def nothing_computes(monkeypatch):
+    """What is accepted ends where training, playing or comparing would begin."""
+    monkeypatch.setattr(train, "train", lambda *_: 0)
+    monkeypatch.setattr(evaluation, "evaluate_directory", lambda *_: 0)
+    monkeypatch.setattr(loop, "learn_everything", lambda run: None)
+    monkeypatch.setattr(start, "_compile", lambda *_: None)
+    monkeypatch.setattr(Run, "evaluate", lambda self: None)
+    monkeypatch.setattr(Run, "save", lambda self, wait=True: True)
+
+
+def in_one_line(call):
+    """Calls what either works or is refused."""
+    refusal = ""
+    try:
+        call()
+    except UserError as error:
+        refusal = str(error)
+    assert "\n" not in refusal
+
+
+def answer(arguments, capsys):
+    """What a command answers: an exit code, and at most one line of ours on the error stream."""
+    capsys.readouterr()
+    try:
+        code = cli.main(arguments)
+    except SystemExit as end:  # after --help
+        code = end.code
+    said = capsys.readouterr()
+    lines = [line for line in said.err.splitlines() if line.startswith("twister_jax: ")]
+    assert code in (0, 2), (code, said.err)
+    assert len(lines) == (code == 2), said.err
+    assert "Traceback" not in said.err + said.out
+    return code
+
+
+# --------------------------------------------------------------------------------------- command lines
+
+names = st.sampled_from([f"--{name.replace('_', '-')}" for name in describe(make_config())])
+words = st.one_of(
+    names,
+    numbers.map(str),
+    texts.filter(lambda text: "\0" not in text),
+    st.sampled_from(
+        ["--", "-h", "--help", "--game", "Pong", "--agent", "twm", "minimal", "--preset", "debug"]
+    ),
+    st.sampled_from(["--logdir", "/nowhere", "--step", "--episodes", "--file", "1,000", "1e5", "True", "="]),
+)
+lines = st.tuples(
+    st.sampled_from(["train", "evaluate", "parity", "trian"]),
+    st.lists(st.one_of(words, st.tuples(names, words).map("=".join)), max_size=7),
+).map(lambda line: [line[0], *line[1]])
+
+
+def fuzz_command_lines(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def check(line):
+        answer(line, capsys)
+        assert os.listdir(tmp_path) == []
+
+    return given(lines)(check)
+
+
+# ----------------------------------------------------------------------------------------- config.json
+
+
+def fuzz_configurations(tmp_path, capsys):
+    sound = config_of(tmp_path).to_dict()
+    path = tmp_path / "config.json"
+
+    def check(changes, raw):
+        data = json.dumps(changed(sound, changes)).encode(errors="replace")
+        path.write_bytes(damaged(data, *changes[0]) if raw else data)
+        answer(["evaluate", "--logdir", str(tmp_path)], capsys)
+        for config in (sound, changed(sound, changes[:1])):
+            in_one_line(lambda config=config: RunDirectory(tmp_path).check_config(config, ["train"]))
+
+    return given(changes, st.booleans())(check)
+
+
+# ------------------------------------------------------------------------------------------- manifests
+
+
+def fuzz_manifests(tmp_path, undisturbed):
+    run = tmp_path / "run"
+    config = config_of(run, **{"env.num_envs": 2})
+    newest = max(path.name for path in (undisturbed / "checkpoints").glob("0*"))
+    ignored = shutil.ignore_patterns("pictures", "events*")
+
+    def check(changes, raw, inside):
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(undisturbed, run, ignore=ignored)
+        path = run / "checkpoints" / newest / "manifest.json"
+        content = json.loads(path.read_text())["content"]
+        if inside:  # what only the run itself can check
+            content["host"] = changed(content["host"], changes)
+        else:
+            content = changed(content, changes)
+        text = json.dumps([manifest.FORMAT, content], sort_keys=True).encode(errors="replace")
+        whole = {"format": manifest.FORMAT, "crc32": zlib.crc32(text), "content": content}
+        data = (json.dumps(whole, sort_keys=True, indent=1) + "\n").encode(errors="replace")
+        path.write_bytes(damaged(data, *changes[0]) if raw else data)
+        in_one_line(lambda: load_run(run))
+        in_one_line(lambda: TRAIN(config))
+
+    return given(changes, st.booleans(), st.booleans())(check)
+
+
+TRAIN = train.train
+
+# -------------------------------------------------------------------------------------------- fixtures
+
+
+class Reached(Exception):
+    """Everything was accepted, and computing would begin."""
+
+
+def fuzz_fixtures(tmp_path, monkeypatch):
+    sound = {name: parity.load(FIXTURES / f"{name}_small.npz") for name in ("twister", "twm")}
+    raw_bytes = io.BytesIO()
+    np.savez(raw_bytes, config_json=json.dumps(sound["twm"][0]), **{"param/a": np.zeros(3)})
+    path = tmp_path / "fixture.npz"
+    load = parity.load
+
+    def reached(*_, **__):
+        raise Reached
+
+    def changed_array(array, what, value):
+        if what == "delete":
+            return array[..., :-1] if array.ndim and array.shape[-1] else array.astype(str)
+        with np.errstate(all="ignore"):
+            return np.asarray(value, dtype=object).astype(str) if what == "add" else array.reshape(-1)[:1]
+
+    def check(name, changes, kind):
+        sizes, arrays = sound[name]
+        arrays = dict(arrays)
+        if kind == "sizes":
+            sizes = changed(sizes, changes)
+        elif kind == "bytes":
+            path.write_bytes(damaged(raw_bytes.getvalue(), *changes[0]))
+        else:
+            for index, what, value in changes:
+                chosen = list(arrays)[index % len(arrays)]
+                if kind == "missing":
+                    del arrays[chosen]
+                else:
+                    arrays[chosen] = changed_array(arrays[chosen], what, value)
+        monkeypatch.setattr(parity, "load", load if kind == "bytes" else lambda _: (sizes, arrays))
+        with contextlib.suppress(Reached):
+            in_one_line(lambda: parity.check(path))
+
+    monkeypatch.setattr(jax, "jit", reached)
+    kinds = st.sampled_from(["sizes", "bytes", "missing", "arrays"])
+    return given(st.sampled_from(["twister", "twm"]), changes, kinds)(check)
+
+
+# ------------------------------------------------------------------------------------------- the tests
+
+
+@pytest.fixture
+def fuzzers(tmp_path, capsys, monkeypatch, undisturbed):
+    return {
+        "command lines": lambda: fuzz_command_lines(tmp_path, capsys, monkeypatch),
+        "config.json": lambda: fuzz_configurations(tmp_path, capsys),
+        "manifests": lambda: fuzz_manifests(tmp_path, undisturbed),
+        "fixtures": lambda: fuzz_fixtures(tmp_path, monkeypatch),
+    }
+
+
+KINDS = ["command lines", "config.json", "manifests", "fixtures"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_input_is_answered_in_one_line(kind, fuzzers):
+    FEW(fuzzers[kind]())()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("kind", KINDS)
+def test_much_random_input_is_answered_in_one_line(kind, fuzzers):
+    MANY(fuzzers[kind]())()
