@@ -74,12 +74,9 @@ class _LayerWidths:
 MOST = 10**9
 """Of anything that is counted: beyond it lie typing errors, and numbers that 32 bits do not hold."""
 
-MOST_WIDE = 10**5
-"""Of an axis of an array: the products of two such are what 32 bits index."""
-MOST_LONG = 10**4
-"""Of steps in a row: some arrays have two such axes."""
-MOST_PARTS = 100
-"""Of what is built one by one, which takes a second or so each."""
+MOST_WIDE = 10**5  # an axis of an array
+MOST_LONG = 10**4  # steps in a row: some arrays have two such axes
+MOST_PARTS = 100  # what is built one by one
 
 PositiveInt = Annotated[int, Range(1, MOST)]
 Size = Annotated[int, Range(1, MOST_WIDE)]
