@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import twister_jax
+from twister_jax import doctor, runtime
 from twister_jax.cli import main, read_flags
 from twister_jax.fields import describe
 from twister_jax.presets import make_config
@@ -51,7 +52,9 @@ REFUSALS = [
     (["train", "--preset", "paper", "--train.steps", "0"], "train.steps = 0: must be between 1 and"),
     (["train", "--preset", "paper", "--train.steps", "1.7e308"], "train.steps = 1.7e308: must be a whole"),
     (["train", "--preset", "paper", "--env.noop-max", "1e19"], "must be a whole number"),
-    (["train", "--preset", "paper", "--algorithm.batch-size", "1e10"], "must be between 1 and"),
+    (["train", "--preset", "paper", "--algorithm.batch-size", "1e9"], "must be between 1 and 100000"),
+    (["train", "--preset", "paper", "--algorithm.batch-size", "1e5"], "at most 10,000,000 steps together"),
+    (["train", "--preset", "paper", "--attention-context", "1e9"], "must be between 1 and 10000"),
     (["train", "--preset", "cpu", "--algorithm.model.hidden-size", "250"], "must be divisible by"),
     (["evaluate"], "--logdir is missing"),
     (["evaluate", "--logdir", "/nowhere/at/all"], "is not a run directory"),
@@ -188,9 +191,45 @@ def test_doctor_finds_this_machine_well(capsys):
     assert "everything works" in capsys.readouterr().out
 
 
-def test_doctor_says_what_is_wrong(capsys, monkeypatch):
-    from twister_jax import doctor
+def test_a_deleted_working_directory_is_said(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for command in ("train", "evaluate", "parity", "doctor"):
+        assert main([command]) == 2
+        assert capsys.readouterr().err == (
+            "twister_jax: the working directory was deleted: change to another one\n"
+        )
 
+
+@pytest.mark.parametrize("name", ["JAX_ENABLE_X64", "JAX_DISABLE_JIT"])
+def test_other_ways_of_working_are_refused(name, monkeypatch, capsys):
+    import jax
+
+    monkeypatch.setattr("twister_jax.training.train.train", lambda _: 0)
+    jax.config.update(name.lower(), True)
+    try:
+        assert main(["train", "--preset", "debug", "--game", "Catch"]) == 2
+    finally:
+        jax.config.update(name.lower(), False)
+    assert capsys.readouterr().err == (
+        f"twister_jax: {name} is set, with which this program does not work: unset it\n"
+    )
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch, capsys):
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("TWISTER_JAX_CACHE")
+    monkeypatch.setattr(Path, "home", nobody)
+    runtime.keep_compiled_programs("cpu")
+    assert runtime.cache_directory("cpu") is None
+    with pytest.raises(doctor.Finding, match="name a place with TWISTER_JAX_CACHE="):
+        doctor.check_files()
+
+
+def test_doctor_says_what_is_wrong(capsys, monkeypatch):
     monkeypatch.setitem(doctor.NEEDED, "jax", (99, 0))
     assert main(["doctor"]) == 1
     assert "is too old: `pip install 'jax>=99.0'`" in capsys.readouterr().out
@@ -206,7 +245,8 @@ def test_the_compilation_cache_may_be_unwritable(tmp_path):
 
 
 def test_a_closed_or_full_output_ends_neither_help_nor_a_refusal():
-    for arguments in (["train", "--help"], ["--help"], ["trian"]):
+    parity = ["parity", "tests/fixtures/nothing.npz"]
+    for arguments in (["train", "--help"], ["--help"], ["trian"], parity):
         command = [sys.executable, "-m", "twister_jax", *arguments]
         for redirect in (">/dev/full 2>/dev/full", ">&- 2>&-", "| head -1"):
             shell = f"{' '.join(command)} {redirect}"

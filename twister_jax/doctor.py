@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from twister_jax.errors import UserError
+from twister_jax.training.progress import say
 
 NEEDED = {
     "jax": (0, 10),
@@ -32,15 +33,15 @@ def main() -> int:
     for name, check in checks.items():
         try:
             if (found := check()) is not None:
-                print(f"ok    {name:<10} {found}", flush=True)
+                say(f"ok    {name:<10} {found}")
         except (Finding, UserError) as finding:
             bad += 1
-            print(f"WRONG {name:<10} {finding}", flush=True)
+            say(f"WRONG {name:<10} {finding}")
         except Exception as error:
             bad += 1
             reason = " ".join(str(error).split())[:300] or "no message"
-            print(f"WRONG {name:<10} {type(error).__name__}: {reason}", flush=True)
-    print(f"{bad} of {len(checks)} checks found something wrong" if bad else "everything works")
+            say(f"WRONG {name:<10} {type(error).__name__}: {reason}")
+    say(f"{bad} of {len(checks)} checks found something wrong" if bad else "everything works")
     return 1 if bad else 0
 
 

@@ -12,6 +12,7 @@ from twister_jax import agents
 from twister_jax.agents.fixtures import Fixture, Row, published_weights
 from twister_jax.errors import UserError
 from twister_jax.files import one_line
+from twister_jax.training.progress import say
 
 # What numbers and arrays of the wrong kind, shape or size lead to.
 _BROKEN = (TypeError, ValueError, AssertionError, LookupError, AttributeError, ArithmeticError, MemoryError)
@@ -68,7 +69,7 @@ def main(path: Path) -> int:
     width = max(len(row.name) for row in rows)
     for row in rows:
         verdict = "ok" if row.ok else f"OFF (tolerance {row.tolerance:.0e})"
-        print(f"{row.name:<{width}}  {row.error:9.2e}  {verdict}")
+        say(f"{row.name:<{width}}  {row.error:9.2e}  {verdict}")
     off = sum(not row.ok for row in rows)
-    print(f"{len(rows) - off} of {len(rows)} quantities agree" + (f", {off} are off" if off else ""))
+    say(f"{len(rows) - off} of {len(rows)} quantities agree" + (f", {off} are off" if off else ""))
     return 1 if off else 0

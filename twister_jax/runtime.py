@@ -36,7 +36,7 @@ def start_jax() -> None:
 
     # 64 bits change every number, and without compilation nothing ends.
     for setting, name in (("jax_enable_x64", "JAX_ENABLE_X64"), ("jax_disable_jit", "JAX_DISABLE_JIT")):
-        if jax.config.values[setting]:
+        if getattr(jax.config, setting):
             raise UserError(f"{name} is set, with which this program does not work: unset it")
     try:
         backend = jax.default_backend()

@@ -64,3 +64,27 @@ def test_nothing_is_refused_where_the_memory_is_unknown(tmp_path, monkeypatch):
     assert memory.host_available(tmp_path, tmp_path) is None
     monkeypatch.setattr(memory, "host_available", lambda: None)
     check_memory({"replay": 10**18})
+
+
+@pytest.mark.parametrize(
+    ("free", "said"),
+    [(10.0, []), (4.0, ["memory is tight: 4.00 GB available, 4.80 GB needed while programs"]), (2.4, None)],
+)
+def test_the_process_itself_and_compiling_count(free, said, monkeypatch):
+    monkeypatch.setattr(memory, "host_available", lambda: int(free * 1e9))
+    lines = []
+
+    def start(where):
+        memory.check_start(10**9, 10**9, 23 * 10**8, where, lines.append)
+
+    if said is None:
+        with refused("2.50 GB needed", "the process itself 0.50", "2.40 GB available"):
+            start(None)
+    else:
+        start(device(None, 0))
+        assert [line[: len(said[0])] for line in lines] == said
+    lines.clear()
+    start(device(10**11, 0))  # an accelerator: the host only compiles
+    assert len(lines) == (free < 2.8)
+    with refused("2.00 GB needed", "replay 1.00, agent 1.00"):
+        start(device(10**9, 0))

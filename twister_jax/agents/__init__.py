@@ -55,6 +55,8 @@ class AgentPackage:
     """`paper` is as published."""
     fixture_prefix: str | None = None
     """A fixture with a weight `param/PREFIX…` is of this agent."""
+    compiling_bytes: int = 500_000_000
+    """Host memory that compiling its programs takes for a while, as measured, beside all that stays."""
     published_flops: float | None = None
     """Operations of one update of preset `paper`, as the published formulation computes it."""
     exports_onnx: bool = False

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from twister_jax import presets
+from twister_jax import agents, presets
 from twister_jax.errors import UserError
 from twister_jax.files import one_line
 from twister_jax.randomness import Purpose, key_for
@@ -15,7 +15,7 @@ from twister_jax.replay import store
 from twister_jax.replay.store import Replay
 from twister_jax.training.checkpoint import Snapshot
 from twister_jax.training.logs import Averages, Log
-from twister_jax.training.memory import check_memory
+from twister_jax.training.memory import check_start
 from twister_jax.training.programs import Programs, trace, trace_agent
 from twister_jax.training.provenance import different_numerics
 from twister_jax.training.rundir import check_same_run
@@ -43,7 +43,9 @@ def start_or_resume(run: "Run") -> None:
         store.init, num_envs, math.ceil(capacity / num_envs), spec.image_shape, spec.num_actions
     )
     shapes, replay_shapes = RunState.shapes(agent, spec, num_envs), jax.eval_shape(make_replay)
-    check_memory({"replay": tree_bytes(replay_shapes), "agent": tree_bytes(shapes.agent)}, jax.devices()[0])
+    compiling = agents.package(config.agent).compiling_bytes
+    sizes = tree_bytes(replay_shapes), tree_bytes(shapes.agent)
+    check_start(*sizes, compiling, jax.devices()[0], run.progress.say)
     snapshot = run.checkpointer.restore(shapes, replay_shapes)
     if snapshot is not None:
         _resume(run, snapshot)
@@ -51,7 +53,7 @@ def start_or_resume(run: "Run") -> None:
             run.programs = _compile(run, shapes, replay_shapes)
         return
     run.counters, run.stored = Counters(), 0
-    run.home.write_config(config.to_dict())  # nothing refuses the run from here on
+    run.home.write_config(config.to_dict())  # only its updates' scratch may refuse it now
     run.log = Log(run.directory, run.progress, config.train.tensorboard)
     try:
         step = run.env.reset()

@@ -11,5 +11,6 @@ PACKAGE = AgentPackage(
     module=__name__,
     presets=PRESETS,
     fixture_prefix="rssm.",
+    compiling_bytes=1_800_000_000,
     published_flops=1.714e12,
 )

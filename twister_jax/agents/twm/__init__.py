@@ -12,6 +12,7 @@ PACKAGE = AgentPackage(
     module=__name__,
     presets=PRESETS,
     fixture_prefix="wm.",
+    compiling_bytes=900_000_000,
     published_flops=2.06e12,
     exports_onnx=True,
 )
