@@ -122,7 +122,7 @@ def run(
     try:
         env = make_env(config.game, config.env, len(games), seed, evaluation=True)
         try:
-            episodes = play(agent, state, env, games, config.seed, progress, signals, kept)
+            episodes = play(agent, state, env, games, config.seed, progress, signals, kept=kept)
         finally:
             env.close()
     except RuntimeError as error:
