@@ -58,7 +58,7 @@ class WatchOptions:
     episodes: PositiveInt = 10
     """Full games played, of which the best, the median and the worst are shown."""
     step: NonNegativeInt = 0
-    """Step of the checkpoint; 0 means the newest."""
+    """Environment steps behind the checkpoint; 0 means the newest."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class DreamOptions:
     horizon: Annotated[int, Range(1, 1_000)] = 32
     """Steps foreseen."""
     step: NonNegativeInt = 0
-    """Step of the checkpoint; 0 means the newest."""
+    """Environment steps behind the checkpoint; 0 means the newest."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,7 @@ class ExportOptions:
     license: str = "Apache-2.0"
     """Of the weights, as the file will say."""
     step: NonNegativeInt = 0
-    """Step of the checkpoint; 0 means the newest."""
+    """Environment steps behind the checkpoint; 0 means the newest."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -122,21 +122,42 @@ KINDS = {
 }
 
 
+TRAIN = "train --agent minimal --game Catch --preset debug --precision float32 --env.num-envs 2"
+TRAIN += " --checkpoint-every 4 --keep-checkpoints 1 --steps 130"
+COMMANDS = [
+    ["evaluate --episodes 2", TRAIN],
+    pytest.param(
+        [
+            "watch --episodes 1",
+            "dream --starts 4 --horizon 2",
+            "report",
+            "export",
+            TRAIN,
+            "watch --episodes 1",
+        ],
+        marks=pytest.mark.faults,
+    ),
+]
+
+
+@pytest.mark.faults
+def test_every_command_that_takes_a_run_is_tried():
+    tried = {line.split()[0] for line in (*COMMANDS[0], *COMMANDS[1].values[0])}
+    assert tried == cli.COMMANDS.keys() - {"parity", "doctor"}
+
+
+@pytest.mark.parametrize("commands", COMMANDS, ids=["evaluate and train", "views"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_canary_changes(kind, tmp_path, home, undisturbed, monkeypatch, capsys):
-    """Every command that takes a run directory is run on it: each works or refuses in one line."""
+def test_no_canary_changes(kind, commands, tmp_path, home, undisturbed, monkeypatch, capsys):
+    """Commands that take a run directory are run on it: each works or refuses in one line."""
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
     KINDS[kind](run, home)
     before = state_of(home)
     monkeypatch.chdir(tmp_path)
-    flags = ["--agent", "minimal", "--game", "Catch", "--preset", "debug", "--precision", "float32"]
-    flags += ["--env.num-envs", "2", "--checkpoint-every", "4", "--keep-checkpoints", "1", "--steps", "130"]
-    commands = [["evaluate", "--episodes", "2"], ["train", *flags]]
-    commands += [[name] for name in cli.COMMANDS if name not in ("train", "evaluate", "parity", "doctor")]
     for command in commands:
         try:
-            code = cli.main([*command, "--logdir", str(run)])
+            code = cli.main([*command.split(), "--logdir", str(run)])
         except SystemExit as end:
             code = end.code
         said = capsys.readouterr()
