@@ -16,7 +16,7 @@ EXTRAS ?= $(if $(DRIVER),$(shell test $(DRIVER) -ge 580 && echo cuda || echo cud
 # An environment suite that needs packages of its own has an extra of its name: dmc:walker_walk, gym:CartPole-v1.
 SUITE_EXTRA := $(filter dmc gym,$(firstword $(subst :, ,$(GAME))))
 # What is typed reaches the program through the environment, so that quotes and spaces are just characters.
-export GAME AGENT PRESET SEED STEPS LOGDIR FILE SUITE GAMES SEEDS
+export GAME AGENT PRESET SEED SEEDS DEVICES STEPS LOGDIR FILE SUITE GAMES SEEDS
 PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3.13 python3 python,\
 	$(shell $(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
 
@@ -24,8 +24,8 @@ PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3.13 python3 py
 .PHONY: help install train evaluate parity doctor bench suite test test-slow test-learning test-faults lint format types clean
 
 help: ## this list
-	@echo "make train GAME=Breakout [AGENT=twister|twm] [SEED=0] [STEPS=100000] [PRESET=auto|paper|cpu|debug]"
-	@echo "           [LOGDIR=runs/...] [ARGS='--field value ...']   (all fields: make train ARGS=--help)"
+	@echo "make train GAME=Breakout [AGENT=twister|twm] [SEED=0 | SEEDS=0,1,2] [STEPS=100000] [PRESET=auto|paper|cpu|debug]"
+	@echo "           [DEVICES=8] [LOGDIR=runs/...] [ARGS='--field value ...']   (all fields: make train ARGS=--help)"
 	@echo "make suite SUITE=smoke [GAMES='Pong Breakout'] [SEEDS='0 1'] [ARGS='--launcher ray ...']"
 	@echo
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -46,8 +46,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 train: $(STAMP) $(SUITE_EXTRA:%=$(STAMP)-%) ## train, or go on with the run in LOGDIR
-	@$(BIN)/python -m twister_jax train --game "$$GAME" --agent "$$AGENT" --preset "$$PRESET" --seed "$$SEED" \
-		$${STEPS:+--train.steps "$$STEPS"} $${LOGDIR:+--logdir "$$LOGDIR"} $(ARGS)
+	@$(BIN)/python -m twister_jax train --game "$$GAME" --agent "$$AGENT" --preset "$$PRESET" \
+		$${SEEDS:+--seeds "$$SEEDS"} $$(test -n "$$SEEDS" || echo --seed "$$SEED") $${DEVICES:+--parallel.data "$$DEVICES"} $${STEPS:+--train.steps "$$STEPS"} $${LOGDIR:+--logdir "$$LOGDIR"} $(ARGS)
 
 evaluate: $(STAMP) ## full games with the newest checkpoint of LOGDIR
 	@$(BIN)/python -m twister_jax evaluate --logdir "$$LOGDIR" $(ARGS)

@@ -17,6 +17,7 @@ from twister_jax.config import Config
 from twister_jax.errors import UserError
 from twister_jax.randomness import Purpose, key_for
 from twister_jax.runtime import return_freed_memory
+from twister_jax.training import seeds
 from twister_jax.training.memory import check_memory
 
 SECTION = "growth"
@@ -42,8 +43,8 @@ def run(bench: Bench) -> None:
     one = _Case("seeds 1", 1)
     for in_turn, how in ((False, "side by side"), (True, "in turn")):
         counts = (2,) if quick else (5, 2, 3, 4)  # five is what people train, and time may run out
-        seeds = [_Case(f"seeds {count} {how}", count, {}, count, in_turn) for count in counts]
-        _grow(bench, seeds, baseline=one)
+        cases = [_Case(f"seeds {count} {how}", count, {}, count, in_turn) for count in counts]
+        _grow(bench, cases, baseline=one)
     for what, values in (
         ("batch_size", (4, 8) if quick else (4, 8, 16, 32, 64)),
         ("batch_length", (16, 32) if quick else (16, 32, 64, 128)),
@@ -122,9 +123,11 @@ def _compile(case: _Case, config: Config) -> tuple[Program, tuple[Any, Any, Any]
     if case.seeds == 1:
         update, arguments = agent.update, (subject.state, subject.replay, keys[0])
     else:
-        update = agent.update_in_turn if case.in_turn else jax.vmap(agent.update)
+        every = jnp.ones(case.seeds, bool)
+        of_seeds = seeds.update_all(agent, case.in_turn)
+        update = lambda states, replays, keys: of_seeds(states, replays, keys, every)  # noqa: E731
         state = jax.jit(jax.vmap(agent.init))(keys)
         replay = jax.tree.map(lambda x: jnp.stack([x] * case.seeds), subject.replay)
         arguments = (jax.tree.map(jnp.copy, state), replay, keys)
-    program = compile_program(update, *arguments, donate=(1,) if case.in_turn else (0, 1))
+    program = compile_program(update, *arguments, donate=(1,) if case.seeds > 1 else (0, 1))
     return program, arguments, case.seeds * agent.tokens_per_update

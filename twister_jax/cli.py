@@ -147,17 +147,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(arguments: list[str]) -> int:
-    """`train`: from flags to a run."""
+    """`train`: from flags to a run, or to one for each of several seeds."""
+    seeds, arguments = take_seeds(arguments)
     config = read_flags(arguments)
     start_jax()
     from twister_jax.training.train import train as run
+    from twister_jax.training.train import train_seeds
 
-    config = presets.complete(config)
-    say(f"{config.agent} on {config.game}, preset {config.preset}, seed {config.seed} → {config.logdir}")
-    say(presets.differences_from_paper(config))
-    code = run(config)
+    configs = [presets.complete(each) for each in of_seeds(config, seeds)]
+    for each in configs:
+        say(f"{each.agent} on {each.game}, preset {each.preset}, seed {each.seed} → {each.logdir}")
+    say(presets.differences_from_paper(configs[0]))
+    code = run(configs[0]) if seeds is None else train_seeds(configs)
     if code == 0:
-        _report_at_the_end(Path(config.logdir))
+        for each in configs:
+            _report_at_the_end(Path(each.logdir))
     return code
 
 
@@ -170,6 +174,58 @@ def _report_at_the_end(directory: Path) -> None:
         say(f"report → {directory / 'report.html'}")
     except UserError as error:
         say(f"no report: {error}")
+
+
+def take_seeds(arguments: Sequence[str]) -> tuple[list[int] | None, list[str]]:
+    """The seeds of `--seeds 0 1 2` (or `0,1,2`), and the other arguments.
+
+    Raises:
+      UserError: they are not different whole numbers, or `--seed` is there too.
+    """
+    given: list[str] | None = None
+    rest: list[str] = []
+    taking = False
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name == "--seeds":
+            given, taking = [*(given or []), *([value] if equals else [])], not equals
+        elif taking and not argument.startswith("--"):
+            assert given is not None
+            given.append(argument)
+        else:
+            taking = False
+            rest.append(argument)
+    if given is None:
+        return None, rest
+    named = " ".join(given)
+    seeds = [int(n) for n in named.replace(",", " ").split() if n.isascii() and n.isdigit()]
+    if not seeds or len(seeds) != len(named.replace(",", " ").split()):
+        raise UserError(f"--seeds {named}: must be whole numbers, as in --seeds 0 1 2")
+    if twice := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
+        raise UserError(f"--seeds {named}: {twice[0]} is there twice; every seed is trained once")
+    if any(argument.partition("=")[0] == "--seed" for argument in rest):
+        raise UserError("--seed and --seeds exclude each other")
+    return seeds, rest
+
+
+def of_seeds(config: Config, seeds: Sequence[int] | None) -> list[Config]:
+    """A configuration for each seed, with a run directory of its own.
+
+    Raises:
+      UserError: one of them is out of range, or several devices are to share each update.
+    """
+    if seeds is None:
+        return [config]
+    if config.parallel.data > 1:
+        raise UserError(
+            f"parallel.data = {config.parallel.data}: must be 1 with --seeds; a seed needs one device"
+        )
+    configs = []
+    for seed in seeds:
+        logdir = f"{config.logdir}/seed{seed}" if config.logdir else ""
+        configs.append(dataclasses.replace(config, seed=seed, logdir=logdir))
+        presets.validate(configs[-1])
+    return configs
 
 
 def evaluate(arguments: list[str]) -> int:

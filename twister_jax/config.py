@@ -64,6 +64,14 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """The devices of a run."""
+
+    data: Annotated[PositiveInt, CHANGEABLE] = 1
+    """Devices that share each batch, the environments and their streams of replay."""
+
+
+@dataclasses.dataclass(frozen=True)
 class ReplayConfig:
     """The device-resident replay store."""
 
@@ -106,6 +114,7 @@ class Config:
     train: TrainConfig
     replay: ReplayConfig
     evaluation: Annotated[EvaluationConfig, CHANGEABLE]
+    parallel: ParallelConfig
     algorithm: AlgorithmConfig
     """Everything that belongs to the agent itself."""
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from twister_jax.errors import UserError
@@ -101,7 +102,7 @@ class Devices:
     @property
     def count(self) -> int:
         """How many."""
-        return self.mesh.size
+        return self.mesh.shape[DATA]
 
     # ------------------------------------------------------------------------------ where arrays lie
 
@@ -115,6 +116,28 @@ class Devices:
         return jax.tree.map(
             lambda x: NamedSharding(self.mesh, PartitionSpec(axis) if x.ndim else PartitionSpec()), tree
         )
+
+    def put(self, tree: Any, shardings: Any) -> Any:
+        """Copies arrays of the host there."""
+        if self.count == 1:
+            return jax.tree.map(jnp.array, tree)
+        return jax.tree.map(lambda x, s: jax.make_array_from_process_local_data(s, x), tree, shardings)
+
+    def shaped(self, tree: Any, shardings: Any) -> Any:
+        """Shapes of arrays that lie so, to trace a function for them."""
+        if self.count == 1:
+            return tree
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+    def local(self, tree: Any) -> Any:
+        """What the first device of this process has of every array, or of every shape."""
+
+        def first(x: Any) -> Any:
+            if isinstance(x, jax.Array):
+                return x.addressable_data(0)
+            return jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
+
+        return tree if self.count == 1 else jax.tree.map(first, tree)
 
     def bytes(self, tree: Any, shardings: Any) -> int:
         """Memory that arrays, or their shapes, take on each device."""
@@ -159,6 +182,15 @@ class Devices:
             return shared(replay, key)
 
         return sample_shares
+
+    def jit(self, function: Callable[..., Any], out: Any, donate: tuple[int, ...] = ()) -> Any:
+        """`jax.jit`; `out` are the shardings of what the function returns."""
+        return jax.jit(function, donate_argnums=donate, out_shardings=None if self.count == 1 else out)
+
+    def trace(self, function: Callable[..., Any], *args: Any, out: Any, donate: tuple[int, ...] = ()) -> Any:
+        """`function` traced for arguments of these shapes; `out_info` has the shapes that it returns."""
+        with self.tracing():
+            return self.jit(function, out, donate).trace(*args)
 
     @contextlib.contextmanager
     def tracing(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from twister_jax import agents, envs, fields, files
-from twister_jax.config import Config, EvaluationConfig, Precision, ReplayConfig, TrainConfig
+from twister_jax.config import Config, EvaluationConfig, ParallelConfig, Precision, ReplayConfig, TrainConfig
 from twister_jax.errors import UserError
 from twister_jax.fields import did_you_mean, show
 from twister_jax.files import UnsafePathError
@@ -54,6 +54,7 @@ def make_config(
         train=TrainConfig(),
         replay=ReplayConfig(),
         evaluation=EvaluationConfig(),
+        parallel=ParallelConfig(),
         algorithm=chosen.algorithm,
     )
     of_suite = {field.name for field in dataclasses.fields(suite.settings)}

@@ -44,16 +44,6 @@ def test_sampling_and_learning_get_different_keys():
     assert len(np.unique(np.stack(seen), axis=0)) == 9
 
 
-def test_every_seed_in_turn_gets_the_keys_that_it_gets_alone():
-    agent, keys = spy(), jax.random.split(jax.random.key(0), 3)
-    zeros = {"sample": jnp.zeros((3, 2), jnp.uint32), "learn": jnp.zeros((3, 2), jnp.uint32)}
-    states, _, metrics = agent.update_in_turn(zeros, {"frames": jnp.zeros(3)}, keys)
-    assert metrics["loss"].shape == (3,)
-    for index, key in enumerate(keys):
-        alone, _, _ = agent.update({}, {}, key)
-        assert leaves_equal(alone, jax.tree.map(lambda x, i=index: x[i], states))
-
-
 # ---- losses by name ------------------------------------------------------------------------------
 
 

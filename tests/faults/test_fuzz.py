@@ -95,7 +95,7 @@ def nothing_computes(monkeypatch):
     monkeypatch.setattr(train, "train", lambda *_: 0)
     monkeypatch.setattr(evaluation, "evaluate_directory", lambda *_: 0)
     monkeypatch.setattr(loop, "learn_everything", lambda run: None)
-    monkeypatch.setattr(start, "_compile", lambda *_: None)
+    monkeypatch.setattr(start, "compile_programs", lambda *_: None)
     monkeypatch.setattr(Run, "evaluate", lambda self: None)
     monkeypatch.setattr(Run, "save", lambda self, wait=True: True)
 

@@ -13,7 +13,7 @@ import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from twister_jax.config import OptimizerConfig
 from twister_jax.nn.networks import Params
@@ -237,19 +237,3 @@ class Agent(Learner):
     parts: tuple[str, ...] = ()
     pretraining: tuple[Pretraining, ...] = ()
     dream: Dream | None = None
-
-    def update_in_turn(
-        self, states: State, replays: Any, keys: Key[Array, " seed"]
-    ) -> tuple[State, Any, dict[str, Float[Array, " seed"]]]:
-        """One update of each of several seeds, in one program, one seed after the other.
-
-        It computes what `jax.vmap(agent.update)` computes, in the scratch memory of one update, and is the
-        choice where one update fills the device: there learning side by side is no faster.
-
-        Every leaf of the arguments and results has a leading axis, the seed. Donate the replays but not the
-        states: XLA's CPU backend copies donated states, and the new ones take a place of their own anyway.
-        """
-        keys_sample, keys_learn = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-        batches, replays = jax.vmap(self.sample)(replays, keys_sample)
-        states, metrics = jax.lax.map(lambda one: self.learn(*one), (states, batches, keys_learn))
-        return states, replays, metrics

@@ -239,7 +239,11 @@ def move_visits(visits: np.ndarray, before: Layout, after: Layout) -> np.ndarray
 
 
 def restore(
-    directory: Path, segments: Sequence[Segment], layout: Layout, visits: np.ndarray, like: Replay
+    directory: Path,
+    segments: Sequence[Segment],
+    layout: Layout,
+    visits: np.ndarray,
+    like: Replay,
 ) -> Replay:
     """The stored replay.
 
@@ -248,8 +252,34 @@ def restore(
       segments: sound ones that hold the steps from `layout.oldest` to `layout.inserted`.
       layout: that of the store to be made.
       visits: its visit counts [stream, layout.size].
-      like: an empty store, which is filled in place (donated), or its shapes.
+      like: an empty store, which is filled in place (donated), or its shapes. Where these have shardings,
+        every device is given its own streams, one device after the other.
     """
+    if isinstance(like.frames, jax.Array) or like.frames.sharding is None:
+        return _restore(directory, segments, layout, visits, like, slice(0, layout.streams))
+    shards = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype), like)
+    parts = []
+    for device, index in like.frames.sharding.addressable_devices_indices_map(like.frames.shape).items():
+        streams = slice(*index[0].indices(layout.streams)[:2])
+        with jax.default_device(device):
+            part = _restore(directory, segments, layout, visits[streams], shards, streams)
+        parts.append(jax.device_put(part, device))
+
+    def join(x: jax.ShapeDtypeStruct, *parts: jax.Array) -> jax.Array:
+        return jax.make_array_from_single_device_arrays(x.shape, x.sharding, list(parts))
+
+    return jax.tree.map(join, like, *parts)
+
+
+def _restore(
+    directory: Path,
+    segments: Sequence[Segment],
+    layout: Layout,
+    visits: np.ndarray,
+    like: Replay,
+    streams: slice,
+) -> Replay:
+    """`streams` of the stored replay, on the default device."""
     fields = {name: getattr(like, name) for name in _FIELDS}
     if not isinstance(like.frames, jax.Array):
         fields = _zeros(tuple((name, field.shape, field.dtype) for name, field in fields.items()))
@@ -260,11 +290,11 @@ def restore(
         slots = np.arange(first, first + chunk)
         # The newest step that went to each slot; below 0 where none did.
         steps = slots + capacity * ((layout.inserted - 1 - slots) // capacity)
-        rows = np.zeros((chunk, layout.streams), layout.record)
+        rows = np.zeros((chunk, streams.stop - streams.start), layout.record)
         for segment in segments:
             if segment.start <= steps.max() and steps.min() < segment.stop:
                 here = (steps >= max(0, segment.start)) & (steps < segment.stop)
-                rows[here] = _open(directory, segment, layout)[steps[here] - segment.start]
+                rows[here] = _open(directory, segment, layout)[steps[here] - segment.start, streams]
         swapped = {name: np.ascontiguousarray(np.swapaxes(rows[name], 0, 1)) for name in _FIELDS}
         fields = _put(fields, swapped, first)
     all_visits = np.zeros(like.visits.shape, np.int32)

@@ -140,7 +140,8 @@ class Checkpointer(CheckpointDirectory):
 
         Args:
           state_like: a state of the same structure; only shapes and types are looked at.
-          replay_like: an empty store, or its shapes. Its arrays are donated: filled in place, not copied.
+          replay_like: an empty store, or its shapes, which may have shardings. Its arrays are donated:
+            filled in place, not copied.
 
         Raises:
           UserError: there are checkpoints but none is usable, or they belong to another model, another

@@ -19,7 +19,7 @@ from twister_jax.randomness import Purpose, generator_for, key_for
 from twister_jax.training.kept_games import KeptGames, Standing, fingerprint
 from twister_jax.training.load import load_run
 from twister_jax.training.lock import LostError
-from twister_jax.training.programs import Programs, trace
+from twister_jax.training.programs import Programs
 from twister_jax.training.progress import Progress
 from twister_jax.training.provenance import commit, versions
 from twister_jax.training.signals import Interrupted, Signals
@@ -66,7 +66,7 @@ def play(
     on_step(None, step)
     observation = observe(step)
     carry = jax.jit(lambda state: agent.init_carry(state, env.num_envs))(state)
-    traced = trace(agent.act_evaluate, state, carry, observation, key_for(seed, Purpose.EVALUATE))
+    traced = jax.jit(agent.act_evaluate).trace(state, carry, observation, key_for(seed, Purpose.EVALUATE))
     act = Programs({"act": traced}, signals)["act"]
     played: list[list[Episode]] = [[] for _ in games]
     count = 0
@@ -197,6 +197,7 @@ def protocol(config: Config, episodes: list[Episode], trained: Mapping[str, int]
         "settings": _settings(config),
         "precision": config.precision,
         "device": jax.devices()[0].device_kind,
+        "devices": config.parallel.data,
         "versions": versions(),
         "commit": commit(),
     }

@@ -13,11 +13,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from twister_jax.agents.base import Pretraining
-from twister_jax.errors import UserError
 from twister_jax.randomness import Purpose, generator_for, key_for
 from twister_jax.training.run import Run
 
@@ -48,7 +46,9 @@ def fill(run: Run) -> None:
     if not run.filling:
         run.counters.filled_at = run.counters.env_steps
         # The actor has seen none of this, so it begins as if the present step were the first.
-        observation = run.state.observation._replace(is_first=jnp.ones(envs, bool))
+        everywhere = {"is_first": np.ones(envs, bool)}
+        lies = run.devices.by_env(everywhere)
+        observation = run.state.observation._replace(**run.devices.put(everywhere, lies))
         run.state = dataclasses.replace(run.state, observation=observation)
 
 
@@ -95,16 +95,7 @@ def update(run: Run, kind: str, key: Any) -> None:
 
 
 def step_env(run: Run, action: Any) -> None:
-    """Waits for the action, steps every environment, and stores what comes.
-
-    Raises:
-      UserError: an environment failed too often.
-    """
-    try:
-        step = run.env.step(run.env.spec.to_env(np.asarray(action)))
-    except RuntimeError as error:
-        raise UserError(f"{error}; the last checkpoint is kept") from error
+    """Waits for the action, steps every environment, and stores what comes."""
+    step = run.step_env(np.asarray(action))
     run.store(action, step)
-    run.counters.add(step)
-    if run.refilling:  # what cannot be learned now is not made up for later
-        run.counters.postpone(step)
+    run.count(step)

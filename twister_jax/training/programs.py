@@ -1,31 +1,38 @@
 """The compiled functions of a run, compiled in the background so that signals are answered meanwhile."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
 
-from twister_jax.agents.base import Agent
+from twister_jax.agents.base import Agent, Learner
+from twister_jax.parallel import Devices
 from twister_jax.replay.store import Replay
 from twister_jax.runtime import return_freed_memory
 from twister_jax.training.signals import Signals
 from twister_jax.training.state import RunState
 
 
-def trace(function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()) -> Any:
-    """`function` traced for arguments of these shapes; `out_info` of the result has the shapes it returns."""
-    return jax.jit(function, donate_argnums=donate).trace(*args)
-
-
-def trace_agent(agent: Agent, state: RunState, replay: Replay, key: Any, pictures: bool) -> dict[str, Any]:
+def trace_agent(
+    agent: Agent, state: RunState, replay: Replay, key: Any, pictures: bool, devices: Devices
+) -> dict[str, Any]:
     """An agent's functions traced for state and replay of these shapes: act, every kind of update, report."""
-    traced = {"act": trace(agent.act, state.agent, state.carry, state.observation, key)}
-    updates = {phase.name: phase.update for phase in agent.pretraining} | {"update": agent.update}
-    for kind, function in updates.items():
-        traced[kind] = trace(function, state.agent, replay, key, donate=(0, 1))
-    if pictures:
-        traced["report"] = trace(agent.report, state.agent, replay, key)
+    whole, streams = devices.everywhere(key), devices.by_env(replay)
+    state = devices.shaped(state, state.shardings(devices))
+    replay = devices.shaped(replay, streams)
+    acted = devices.by_env((state.action, state.carry))
+    act = devices.trace(agent.act, state.agent, state.carry, state.observation, key, out=acted)
+    traced = {"act": act}
+    kinds: dict[str, Learner] = {**{phase.name: phase for phase in agent.pretraining}, "update": agent}
+    for kind, learner in kinds.items():
+        update = dataclasses.replace(learner, sample=devices.sampler(learner.sample)).update
+        out = (whole, streams, whole)
+        traced[kind] = devices.trace(update, state.agent, replay, key, donate=(0, 1), out=out)
+    if pictures:  # one device draws them
+        one = (devices.local(state.agent), devices.local(replay), key)
+        traced["report"] = jax.jit(agent.report).trace(*one)
     return traced
 
 
@@ -33,7 +40,7 @@ class Programs:
     """Traced functions being compiled, one after the other; `programs[name]` is the compiled one.
 
     Args:
-      traced: what `trace` returned, by name.
+      traced: what `jax.jit(...).trace` returned, by name.
       signals: answered while something is waited for.
     """
 

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from twister_jax.agents.base import Pretraining
+from twister_jax.agents.base import Health, Pretraining
 from twister_jax.config import Config
 from twister_jax.envs.base import EnvStep
 from twister_jax.errors import UserError
+from twister_jax.parallel import Devices
 from twister_jax.randomness import Purpose, generator_for, key_for
 from twister_jax.replay import store
 from twister_jax.replay.store import Replay, Transition
@@ -28,7 +30,7 @@ from twister_jax.training.provenance import numerics
 from twister_jax.training.rescue import rescue
 from twister_jax.training.rundir import RunDirectory
 from twister_jax.training.signals import Signals
-from twister_jax.training.start import start_or_resume
+from twister_jax.training.start import compile_programs, start_or_resume
 from twister_jax.training.state import Counters, MakeAgent, MakeEnv, RunState, observe, updates_due
 
 
@@ -52,6 +54,8 @@ class Run:
       programs: the compiled functions that the loop calls.
     """
 
+    alone = True
+    """Whether all devices there are could be this run's."""
     state: RunState
     replay: Replay
     counters: Counters
@@ -79,6 +83,7 @@ class Run:
         except RuntimeError as error:
             raise UserError(f"cannot start {config.game}: {error}") from error
         self.agent = make_agent(config, self.env.spec)
+        self.devices = Devices.choose(config.parallel.data, config.env.num_envs, self.agent.shared_sizes)
         self.checkpointer = Checkpointer(self.directory / "checkpoints", config.train.keep_checkpoints)
         self.averages = {}
         self.saved_at: tuple[int, int] | None = None
@@ -140,6 +145,10 @@ class Run:
 
     # --------------------------------------------------------------------------------- what the loop calls
 
+    def compile(self, shapes: RunState, replay: Replay) -> None:
+        """Starts compiling what the loop calls, for state and replay of these shapes."""
+        self.programs = compile_programs(self, shapes, replay)
+
     def program(self, name: str) -> Any:
         """A compiled function.
 
@@ -156,17 +165,35 @@ class Run:
             updates = ("update", *(phase.name for phase in self.agent.pretraining))
             scratch = {kind: self.programs.scratch_bytes(kind) for kind in updates}
             largest = max(scratch, key=scratch.__getitem__)
-            check_memory({f"running {largest}": scratch[largest]}, jax.devices()[0])
+            check_memory({f"running {largest}": scratch[largest]}, jax.local_devices()[0])
             self._fits = True
         return program
+
+    def step_env(self, action: np.ndarray) -> EnvStep:
+        """Steps every environment.
+
+        Raises:
+          UserError: one of them failed too often.
+        """
+        try:
+            return self.env.step(self.env.spec.to_env(action))
+        except RuntimeError as error:
+            raise UserError(f"{error}; the last checkpoint is kept") from error
+
+    def count(self, step: EnvStep) -> None:
+        """Counts what the environments returned, when it is stored."""
+        self.counters.add(step)
+        if self.refilling:  # what cannot be learned now is not made up for later
+            self.counters.postpone(step)
 
     def store(self, action: Any, step: EnvStep) -> None:
         """Puts a step into the replay, and what it shows before the actor."""
         self.stored += 1
-        observation = observe(step)  # the frames travel once
-        action, reward, terminal = map(jax.numpy.asarray, (action, step.reward, step.terminal))
+        observation = observe(step, self.devices)  # the frames travel once
+        outcome = (step.reward, step.terminal)
+        reward, terminal = self.devices.put(outcome, self.devices.by_env(outcome))
         transition = Transition(observation.image, action, reward, terminal, observation.is_first)
-        self.replay = _insert(self.replay, transition)
+        self.replay = self._insert(self.replay, transition)
         self.state = dataclasses.replace(self.state, observation=observation)
 
     def housekeep(self) -> None:
@@ -178,7 +205,8 @@ class Run:
             counters.reported = counters.updates // train.report_every
             key = key_for(self.config.seed, Purpose.REPORT, counters.updates)
             self.home.check_held()
-            self.log.pictures(counters.env_steps, report(self.state.agent, self.replay, key))
+            seen = self.devices.local((self.state.agent, self.replay))
+            self.log.pictures(counters.env_steps, report(*seen, key))
         # A loss costs at most this share of what the run took, and what is written grows with its logarithm.
         seconds = max(60 * train.checkpoint_minutes, LOSS_SHARE * self.seconds)
         if (
@@ -197,9 +225,8 @@ class Run:
         self.home.check_held()
         counters = self.counters
         prefix = f"pretraining/{kind}/" if phase else ""
-        values: dict[str, Any] = {prefix + name: value for name, value in self.averages[kind].means().items()}
-        self.averages[kind] = Averages.empty(self.averages[kind].total)
-        health = self.agent.health(self.state.agent)
+        values: dict[str, Any] = {prefix + name: value for name, value in self.take_means(kind).items()}
+        health = self.health()
         values |= {"health/skipped": int(health.skipped), "health/longest": int(health.longest)}
         if counters.episodes:
             values["episode/score"] = float(np.mean([score for score, _ in counters.episodes]))
@@ -220,13 +247,23 @@ class Run:
             self.log.plot(counters.env_steps, plotted)
         self.check_health()
 
+    def take_means(self, kind: str) -> dict[str, float | None]:
+        """The averages since the last row, which begin anew."""
+        means = self.averages[kind].means()
+        self.averages[kind] = Averages.empty(self.averages[kind].total)
+        return means
+
+    def health(self) -> Health:
+        """Which updates were skipped."""
+        return self.agent.health(self.state.agent)
+
     def check_health(self) -> None:
         """Stops a run that diverged, before it is saved: what is on disk stays good.
 
         Raises:
           DivergedError: see `train.max_bad_updates`.
         """
-        health = self.agent.health(self.state.agent)
+        health = self.health()
         if int(health.longest) >= self.config.train.max_bad_updates:
             raise DivergedError(
                 f"training diverged: {int(health.longest)} updates in a row were not finite, first in "
@@ -343,7 +380,7 @@ class Run:
         evaluation.run(
             self.config,
             self.agent,
-            self.state.agent,
+            self.devices.local(self.state.agent),
             self.make_env,
             trained,
             self.progress,
@@ -352,5 +389,6 @@ class Run:
             self.home.check_held,
         )
 
-
-_insert = jax.jit(store.insert, donate_argnums=0)
+    @functools.cached_property
+    def _insert(self) -> Any:
+        return self.devices.jit(store.insert, self.devices.by_env(self.replay), donate=(0,))

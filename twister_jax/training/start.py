@@ -16,7 +16,7 @@ from twister_jax.replay.store import Replay
 from twister_jax.training.checkpoint import Snapshot
 from twister_jax.training.logs import Averages, Log
 from twister_jax.training.memory import check_start
-from twister_jax.training.programs import Programs, trace, trace_agent
+from twister_jax.training.programs import Programs, trace_agent
 from twister_jax.training.provenance import different_numerics
 from twister_jax.training.rundir import check_same_run
 from twister_jax.training.state import Counters, RunState, tree_bytes
@@ -43,14 +43,16 @@ def start_or_resume(run: "Run") -> None:
         store.init, num_envs, math.ceil(capacity / num_envs), spec.image_shape, spec.num_actions
     )
     shapes, replay_shapes = RunState.shapes(agent, spec, num_envs), jax.eval_shape(make_replay)
+    devices, lies = run.devices, run.devices.by_env(replay_shapes)
     compiling = agents.package(config.agent).compiling_bytes
-    sizes = tree_bytes(replay_shapes), tree_bytes(shapes.agent)
-    check_start(*sizes, compiling, jax.devices()[0], run.progress.say)
-    snapshot = run.checkpointer.restore(shapes, replay_shapes)
+    sizes = devices.bytes(replay_shapes, lies), tree_bytes(shapes.agent)
+    check_start(*sizes, compiling, jax.local_devices()[0], run.progress.say)
+    _remark(run, sizes[0])
+    snapshot = run.checkpointer.restore(shapes, devices.shaped(replay_shapes, lies))
     if snapshot is not None:
         _resume(run, snapshot)
         if not run.finished:
-            run.programs = _compile(run, shapes, replay_shapes)
+            run.compile(shapes, replay_shapes)
         return
     run.counters, run.stored = Counters(), 0
     run.home.write_config(config.to_dict())  # only its updates' scratch may refuse it now
@@ -62,16 +64,31 @@ def start_or_resume(run: "Run") -> None:
     run.progress.update("starting; programs that are not in the cache take a minute or two to compile")
     # Loading a program and touching gigabytes leave Python free for tracing.
     with ThreadPoolExecutor(1) as beside:
-        state = beside.submit(RunState.begin, agent, spec, config.seed, step)
-        replay = beside.submit(jax.jit(make_replay))
-        run.programs = _compile(run, shapes, replay_shapes)
+        state = beside.submit(RunState.begin, agent, spec, num_envs, config.seed, step, devices)
+        replay = beside.submit(devices.jit(make_replay, lies))
+        run.compile(shapes, replay_shapes)
         run.state, run.replay = state.result(), replay.result()
     run.store(run.state.action, step)
 
 
+def _remark(run: "Run", replay: int) -> None:
+    """Says what a user may not expect of the devices; `replay` are its bytes on each."""
+    idle, used = jax.device_count() - run.devices.count, run.devices.count
+    if idle and run.alone:
+        run.progress.say(
+            f"{idle} of {idle + used} devices are idle: --parallel.data N shares each update among N of them, "
+            "--seeds trains a seed on each"
+        )
+    if used > 1 and not run.devices.split_streams:
+        run.progress.say(
+            f"one environment: each of the {used} devices has a copy of its stream, {replay / 1e9:.2f} GB"
+        )
+
+
 def _resume(run: "Run", snapshot: Snapshot) -> None:
     host = snapshot.host
-    run.state, run.replay = snapshot.state, snapshot.replay
+    run.state = run.devices.put(snapshot.state, snapshot.state.shardings(run.devices))
+    run.replay = snapshot.replay
     may_change = run.config.changeable()
     check_same_run(run.checkpointer.directory, host.get("config"), run.config.to_dict(), may_change)
     try:  # it may come from a stranger
@@ -111,13 +128,16 @@ def _resume(run: "Run", snapshot: Snapshot) -> None:
     )
 
 
-def _compile(run: "Run", state: RunState, replay: Replay) -> Programs:
+def compile_programs(run: "Run", state: RunState, replay: Replay) -> Programs:
     """Starts compiling all that the loop calls, for state and replay of these shapes."""
     key = key_for(run.config.seed, Purpose.INIT)
-    traced = trace_agent(run.agent, state, replay, key, bool(run.config.train.report_every))
+    pictures = bool(run.config.train.report_every)
+    traced = trace_agent(run.agent, state, replay, key, pictures, run.devices)
     for kind in (*(phase.name for phase in run.agent.pretraining), "update"):
         metrics = traced[kind].out_info[2]
         if run.averages.get(kind) is None or run.averages[kind].total.keys() != metrics.keys():
             run.averages[kind] = Averages.empty(metrics)
-        traced[f"{kind} averages"] = trace(Averages.add, run.averages[kind], metrics, donate=(0,))
+        whole = run.devices.everywhere(run.averages[kind])
+        sums = run.devices.shaped(run.averages[kind], whole)
+        traced[f"{kind} averages"] = run.devices.trace(Averages.add, sums, metrics, out=whole, donate=(0,))
     return Programs(traced, run.signals)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from twister_jax.agents.base import Agent, Carry, Observation, State
 from twister_jax.config import Config
 from twister_jax.envs.base import EnvSpec, EnvStep, VectorEnv
+from twister_jax.parallel import Devices
 from twister_jax.randomness import Purpose, key_for
 
 MakeAgent = Callable[[Config, EnvSpec], Agent]
@@ -32,17 +33,29 @@ class RunState:
     """The newest action; `Counters.acted` says whether the environments have taken it."""
 
     @classmethod
-    def begin(cls, agent: Agent, spec: EnvSpec, seed: int, step: EnvStep) -> "RunState":
+    def begin(
+        cls, agent: Agent, spec: EnvSpec, num_envs: int, seed: int, step: EnvStep, devices: Devices
+    ) -> "RunState":
         """A new agent in front of its first observation."""
 
-        @jax.jit  # what one program returns lies in buffers of its own, so that updates can reuse them
         def make(key):
             state = agent.init(key)
-            envs = len(step.image)
-            return state, agent.init_carry(state, envs), jnp.zeros((envs, spec.num_actions))
+            return state, agent.init_carry(state, num_envs), jnp.zeros((num_envs, spec.num_actions))
 
-        state, carry, action = make(key_for(seed, Purpose.INIT))
-        return cls(agent=state, carry=carry, observation=observe(step), action=action)
+        lies = cls.shapes(agent, spec, num_envs).shardings(devices)
+        # What one program returns lies in buffers of its own, so that updates can reuse them.
+        made = devices.jit(make, (lies.agent, lies.carry, lies.action))(key_for(seed, Purpose.INIT))
+        state, carry, action = made
+        return cls(agent=state, carry=carry, observation=observe(step, devices), action=action)
+
+    def shardings(self, devices: Devices) -> "RunState":
+        """Where its arrays lie: the agent on every device, the rest with its environments."""
+        return RunState(
+            agent=devices.everywhere(self.agent),
+            carry=devices.by_env(self.carry),
+            observation=devices.by_env(self.observation),
+            action=devices.by_env(self.action),
+        )
 
     @classmethod
     def shapes(cls, agent: Agent, spec: EnvSpec, num_envs: int) -> "RunState":
@@ -59,9 +72,12 @@ class RunState:
         return jax.eval_shape(make, key_for(0, Purpose.INIT))
 
 
-def observe(step: EnvStep) -> Observation:
-    """What acting sees of a step, copied to the device."""
-    return Observation(jnp.array(step.image), jnp.array(step.is_first))
+def observe(step: EnvStep, devices: Devices | None = None) -> Observation:
+    """What acting sees of a step, copied to the devices, by default to one."""
+    if devices is None:
+        return Observation(jnp.array(step.image), jnp.array(step.is_first))
+    seen = (step.image, step.is_first)
+    return Observation(*devices.put(seen, devices.by_env(seen)))
 
 
 @dataclasses.dataclass

@@ -1,5 +1,7 @@
 """`python -m twister_jax train`: a run from its first step, or its newest checkpoint, to the evaluation."""
 
+import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from twister_jax import agents, envs
@@ -42,9 +44,53 @@ def train(
             run.env.close()
 
 
+def train_seeds(
+    configs: Sequence[Config],
+    make_agent: MakeAgent = agents.make_agent,
+    make_env: MakeEnv = envs.make_vector_env,
+) -> int:
+    """Trains runs that differ in their seed alone in one program; each leaves what it would leave alone.
+
+    A seed that cannot go on stops with a message, and the others go on.
+
+    Returns:
+      The exit code: 0, or 128 + the number of the signal that ended the runs, or 1 where one of them stopped.
+
+    Raises:
+      UserError: a directory, the memory or the settings do not allow the runs.
+    """
+    from twister_jax.training.group import Group, Member
+
+    progress = Progress()
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(Signals())
+        members = []
+        for config in configs:
+            directory = stack.enter_context(RunDirectory(Path(config.logdir)))
+            directory.check_config(config.to_dict(), config.changeable())
+            member = Member(config, make_agent, make_env, progress, signals, directory)
+            stack.callback(member.env.close)
+            stack.callback(member.finish_saving)
+            members.append(member)
+        stack.callback(progress.close)
+        unfinished = [member for member in members if not member.finished]
+        group = Group(unfinished) if unfinished else None
+        try:
+            if group:
+                group.learn_everything()
+            progress.close()
+            for member in members:
+                if not group or member.config.seed not in group.failed:
+                    member.evaluate()
+        except Interrupted:
+            for member in group.live if group else ():
+                _save_for_later(member)
+            return signals.exit_code
+        return 1 if group and group.failed else 0
+
+
 def _learn_and_evaluate(run: Run) -> int:
     """Returns the exit code."""
-    say, signals = run.progress.say, run.signals
     try:
         loop.learn_everything(run)
         run.progress.close()
@@ -52,10 +98,15 @@ def _learn_and_evaluate(run: Run) -> int:
         run.evaluate()
         return 0 if kept == run.directory else 1
     except Interrupted:
-        kept = run.save_somewhere()
-        if kept is None:
-            say(f"{signals.name}: not saved; the same command goes on from the newest checkpoint there is")
-        else:
-            command = "the same command" if kept == run.directory else f"the same command with LOGDIR={kept}"
-            say(f"{signals.name}: saved; {command} goes on from there")
-        return signals.exit_code
+        _save_for_later(run)
+        return run.signals.exit_code
+
+
+def _save_for_later(run: Run) -> None:
+    say, signals = run.progress.say, run.signals
+    kept = run.save_somewhere()
+    if kept is None:
+        say(f"{signals.name}: not saved; the same command goes on from the newest checkpoint there is")
+    else:
+        command = "the same command" if kept == run.directory else f"the same command with LOGDIR={kept}"
+        say(f"{signals.name}: saved; {command} goes on from there")

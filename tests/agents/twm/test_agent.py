@@ -20,6 +20,7 @@ from twister_jax.envs.base import EnvSpec
 from twister_jax.errors import UserError
 from twister_jax.presets import make_config
 from twister_jax.training.checkpoint import Checkpointer, Snapshot
+from twister_jax.training.seeds import update_all
 
 
 @pytest.fixture(scope="module")
@@ -346,12 +347,12 @@ def test_evaluation_samples_actions_of_the_most_likely_latent(agent, state):
 @pytest.mark.parametrize("way", ["side by side", "in turn"])
 def test_seeds_are_a_batch_axis(agent, update, state, filled, way):
     """Two seeds in one program give what each gives alone; each counts the visits of its own replay."""
-    together = jax.vmap(agent.update) if way == "side by side" else agent.update_in_turn
+    together = update_all(agent, way == "in turn")
     keys = jax.random.split(jax.random.key(5), 2)
     other = jax.jit(agent.init)(jax.random.key(1)), update(state, filled, keys[0])[1]
     each = [(state, filled), other]
     many = jax.tree.map(lambda *x: jnp.stack(x), *each)
-    states, replays, metrics = jax.jit(together)(*many, keys)
+    states, replays, metrics = jax.jit(together)(*many, keys, jnp.ones(2, bool))
     for index in range(2):
         one, replay, single = update(*each[index], keys[index])
         np.testing.assert_array_equal(replays.visits[index], replay.visits)

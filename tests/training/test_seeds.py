@@ -1,0 +1,137 @@
+"""Several seeds in one program: each does what it does alone."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.runs import ROOT, Killed, assert_same_run, config_of, killed_env, rows_of
+from twister_jax.cli import main, of_seeds, take_seeds
+from twister_jax.envs import make_vector_env
+from twister_jax.errors import UserError
+from twister_jax.training.train import train, train_seeds
+
+STEPS = 60
+OPTIONS = {"train.log_every": 5, "train.checkpoint_every": 20, "algorithm.warm_up": 5}
+
+
+def configs(directory, seeds=(0, 1), **overrides):
+    return of_seeds(config_of(directory, STEPS, **OPTIONS, **overrides), seeds)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The same seeds, each by itself."""
+    directory = tmp_path_factory.mktemp("alone")
+    for config in configs(directory):
+        assert train(config) == 0
+    return directory
+
+
+def test_a_seed_in_a_group_does_what_it_does_alone(tmp_path, alone):
+    assert train_seeds(configs(tmp_path)) == 0
+    for seed in ("seed0", "seed1"):
+        assert len(rows_of(tmp_path / seed)) > 8
+        assert_same_run(tmp_path / seed, alone / seed)
+    assert rows_of(tmp_path / "seed0") != rows_of(tmp_path / "seed1")
+    assert json.loads((tmp_path / "seed1" / "config.json").read_text())["seed"] == 1
+
+
+def test_a_group_is_killed_and_goes_on_as_one(tmp_path, alone):
+    with pytest.raises(Killed):
+        train_seeds(configs(tmp_path), make_env=lambda *args, **kwargs: killed_env(47, *args, **kwargs))
+    assert train_seeds(configs(tmp_path)) == 0
+    for seed in ("seed0", "seed1"):
+        assert_same_run(tmp_path / seed, alone / seed)
+    before = (tmp_path / "seed0" / "metrics.jsonl").stat().st_mtime_ns
+    assert train_seeds(configs(tmp_path)) == 0  # nothing is left to do
+    assert (tmp_path / "seed0" / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_seed_that_fails_stops_alone(tmp_path, alone, capsys):
+    made = []
+
+    def one_breaks(*args, evaluation=False, **kwargs):
+        env = make_vector_env(*args, evaluation=evaluation, **kwargs)
+        made.append(env)
+        if len(made) == 1:  # that of seed 0
+            env.step = _failing_after(40, env.step)
+        return env
+
+    assert train_seeds(configs(tmp_path), make_env=one_breaks) == 1
+    assert "seed 0 stops: emulator lost; the last checkpoint is kept" in capsys.readouterr().out
+    assert not (tmp_path / "seed0" / "evaluation.json").exists()
+    assert_same_run(tmp_path / "seed1", alone / "seed1")
+    assert train_seeds(configs(tmp_path)) == 0  # and goes on when the cause has gone
+    assert_same_run(tmp_path / "seed0", alone / "seed0")
+
+
+def _failing_after(steps, step):
+    count = 0
+
+    def failing(actions):
+        nonlocal count
+        count += 1
+        if count > steps:
+            raise RuntimeError("emulator lost")
+        return step(actions)
+
+    return failing
+
+
+@pytest.mark.slow
+def test_seeds_lie_on_devices_of_their_own(tmp_path, alone):
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    flags = [f"--{name}={value}" for name, value in OPTIONS.items()]
+    command = [sys.executable, "-m", "tests.third", "train", "--agent", "minimal", "--game", "Catch"]
+    command += ["--preset", "debug", "--precision", "float32", "--steps", str(STEPS), *flags]
+    command += ["--seeds", "0", "1", "--logdir", str(tmp_path)]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "idle" not in done.stdout
+    for seed in ("seed0", "seed1"):
+        assert rows_of(tmp_path / seed) == rows_of(alone / seed)
+
+
+@pytest.mark.parametrize(
+    ("flags", "seeds"),
+    [
+        (["--seeds", "0", "1", "2", "--game", "Pong"], [0, 1, 2]),
+        (["--seeds", "0,1,2"], [0, 1, 2]),
+        (["--seeds=3,1"], [3, 1]),
+        (["--game", "Pong"], None),
+    ],
+)
+def test_seeds_as_people_write_them(flags, seeds):
+    taken, rest = take_seeds(flags)
+    assert taken == seeds
+    assert rest == (["--game", "Pong"] if "--game" in flags else [])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seeds", "0", "1", "0"], "0 is there twice"),
+        (["--seeds"], "must be whole numbers"),
+        (["--seeds", "0", "x"], "must be whole numbers"),
+        (["--seeds", "0", "1", "--seed", "2"], "exclude each other"),
+        (["--seeds", "0", "4294967296"], "seed = 4294967296"),
+        (["--seeds", "0", "1", "--parallel.data", "2"], "parallel.data = 2: must be 1 with --seeds"),
+    ],
+)
+def test_seeds_that_cannot_be(flags, message, capsys):
+    assert main(["train", "--game", "Catch", "--preset", "debug", *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_each_seed_has_a_directory_of_its_own(tmp_path):
+    named, unnamed = config_of(tmp_path), dataclasses.replace(config_of(tmp_path), logdir="")
+    assert [config.logdir for config in of_seeds(named, [4, 7])] == [f"{tmp_path}/seed4", f"{tmp_path}/seed7"]
+    assert [config.logdir for config in of_seeds(unnamed, [4, 7])] == ["", ""]
+    with pytest.raises(UserError, match="must be 1"):
+        of_seeds(config_of(tmp_path, **{"parallel.data": 2}), [0, 1])
