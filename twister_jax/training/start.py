@@ -76,7 +76,7 @@ def _remark(run: "Run", replay: int) -> None:
     idle, used = jax.device_count() - run.devices.count, run.devices.count
     if idle and run.alone:
         run.progress.say(
-            f"{idle} of {idle + used} devices are idle: --parallel.data N shares each update among N of them, "
+            f"{idle} of {idle + used} devices are idle: --parallel.data N shares updates among N of them, "
             "--seeds trains a seed on each"
         )
     if used > 1 and not run.devices.split_streams:
