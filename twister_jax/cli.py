@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from twister_jax import agents, envs, fields, presets
+from twister_jax import agents, envs, fields, presets, processes
 from twister_jax.config import Config
 from twister_jax.errors import UserError
 from twister_jax.fields import NonNegativeInt, PositiveInt, Range, did_you_mean
@@ -149,16 +149,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(arguments: list[str]) -> int:
     """`train`: from flags to a run, or to one for each of several seeds."""
     seeds, arguments = take_seeds(arguments)
+    parallel = first_reading(arguments)[0].parallel
+    if processes.wanted(parallel) > 1 and not processes.supervised():
+        return processes.supervise()
+    others = processes.connect(parallel)
     config = read_flags(arguments)
     start_jax()
+    import jax
+
     from twister_jax.training.train import train as run
     from twister_jax.training.train import train_seeds
 
+    if others.count > 1:
+        config = fields.replace(config, {"parallel.data": jax.device_count()})
     configs = [presets.complete(each) for each in of_seeds(config, seeds)]
-    for each in configs:
-        say(f"{each.agent} on {each.game}, preset {each.preset}, seed {each.seed} → {each.logdir}")
-    say(presets.differences_from_paper(configs[0]))
-    code = run(configs[0]) if seeds is None else train_seeds(configs)
+    if others.first:
+        for each in configs:
+            say(f"{each.agent} on {each.game}, preset {each.preset}, seed {each.seed} → {each.logdir}")
+        say(presets.differences_from_paper(configs[0]))
+    code = train_seeds(configs) if seeds is not None else run(configs[0], processes=others)
+    if not others.first:
+        return code
     if code == 0:
         for each in configs:
             _report_at_the_end(Path(each.logdir))
@@ -338,6 +349,22 @@ def read_flags(arguments: list[str]) -> Config:
     Raises:
       UserError: what is wrong with which flag, and what would be right.
     """
+    config, chosen = first_reading(arguments)
+    if chosen["preset"] == presets.AUTO:
+        chosen["preset"] = automatic_preset()
+        config = fields.parse_flags(presets.make_config(**chosen), arguments, f"{PROGRAM} train")
+    game = envs.full_name(chosen["game"])
+    config = dataclasses.replace(config, preset=chosen["preset"], game=game)
+    presets.validate(config)
+    return config
+
+
+def first_reading(arguments: list[str]) -> tuple[Config, dict[str, str]]:
+    """What flags describe, with `paper` for a preset that is yet to be chosen; and agent, preset and game.
+
+    Raises:
+      UserError: as `read_flags`.
+    """
     chosen = {"agent": agents.DEFAULT_AGENT, "preset": presets.AUTO, "game": envs.DEFAULT_GAME}
     for index, argument in enumerate(arguments):
         name, equals, value = argument.removeprefix("--").partition("=")
@@ -345,15 +372,8 @@ def read_flags(arguments: list[str]) -> Config:
             chosen[name] = value if equals else "".join(arguments[index + 1 : index + 2])
     automatic = chosen["preset"] == presets.AUTO
     base = presets.make_config(chosen["agent"], "paper" if automatic else chosen["preset"], chosen["game"])
-    program = f"{PROGRAM} train"
-    config = fields.parse_flags(base, arguments, program)  # --help, and refusals before JAX is imported
-    if automatic:
-        chosen["preset"] = automatic_preset()
-        base = presets.make_config(**chosen)
-        config = fields.parse_flags(base, arguments, program)
-    config = dataclasses.replace(config, preset=chosen["preset"], game=base.game)
-    presets.validate(config)
-    return config
+    # --help, and refusals before JAX is imported
+    return fields.parse_flags(base, arguments, f"{PROGRAM} train"), chosen
 
 
 def automatic_preset() -> str:

@@ -68,7 +68,14 @@ class ParallelConfig:
     """The devices of a run."""
 
     data: Annotated[PositiveInt, CHANGEABLE] = 1
-    """Devices that share each batch, the environments and their streams of replay."""
+    """Devices that share each batch, the environments and their streams of replay. With several processes
+    always all of theirs."""
+    coordinator: Annotated[str, CHANGEABLE] = ""
+    """HOST:PORT at which process 0 waits for the others. SLURM, TPU pods and Open MPI need no flags."""
+    processes: Annotated[int, Range(1, 10_000), CHANGEABLE] = 1
+    """Processes that train together."""
+    process: Annotated[int, Range(0, 9_999), CHANGEABLE] = 0
+    """Which of them this is, from 0."""
 
 
 @dataclasses.dataclass(frozen=True)

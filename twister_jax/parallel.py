@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from twister_jax.errors import UserError
@@ -122,6 +123,21 @@ class Devices:
         if self.count == 1:
             return jax.tree.map(jnp.array, tree)
         return jax.tree.map(lambda x, s: jax.make_array_from_process_local_data(s, x), tree, shardings)
+
+    def spread(self, tree: Any, shardings: Any) -> Any:
+        """Gives every device its part of arrays that this host has whole."""
+        if self.count == 1:
+            return tree
+
+        def place(x: Any, sharding: NamedSharding) -> jax.Array:
+            x = np.asarray(x)
+            return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+        return jax.tree.map(place, tree, shardings)
+
+    def gathered(self, tree: Any) -> Any:
+        """Copies of all arrays on every device; all processes must ask."""
+        return jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, PartitionSpec()))(tree)
 
     def shaped(self, tree: Any, shardings: Any) -> Any:
         """Shapes of arrays that lie so, to trace a function for them."""

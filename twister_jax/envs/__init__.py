@@ -74,7 +74,14 @@ def full_name(game: str) -> str:
 
 
 def make_vector_env(
-    game: str, settings: "EnvConfig | None", num_envs: int, seed: int, *, evaluation: bool = False
+    game: str,
+    settings: "EnvConfig | None",
+    num_envs: int,
+    seed: int,
+    *,
+    evaluation: bool = False,
+    first: int = 0,
+    total: int | None = None,
 ) -> "SerialVectorEnv":
     """Environments of one game, after a probe on a throwaway one.
 
@@ -84,6 +91,8 @@ def make_vector_env(
       num_envs: how many to step together.
       seed: decides everything random in all of them.
       evaluation: whether games are played to be counted.
+      first: number of the first of them among `total`.
+      total: how many there are in all; by default `num_envs`.
 
     Raises:
       UserError: there is no such game, or it cannot be made here.
@@ -102,5 +111,10 @@ def make_vector_env(
         close(throwaway)
     identity = {"game": full_name(game), "evaluation": evaluation, **found.identity(name, chosen)}
     return SerialVectorEnv(
-        lambda seed: found.make(name, chosen, seed, evaluation=evaluation), num_envs, seed, identity
+        lambda seed: found.make(name, chosen, seed, evaluation=evaluation),
+        num_envs,
+        seed,
+        identity,
+        first=first,
+        total=total,
     )

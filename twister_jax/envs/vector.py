@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import methodcaller
 from typing import Any
 
@@ -43,6 +43,7 @@ class SerialVectorEnv:
       seed: the environments' seeds derive from it, their index, and how often they were rebuilt.
       identity: what must agree between a saved state and the environments that take it up: at least
         `game`; values as JSON keeps them.
+      first, total: the environments are those from number `first` on of `total`; by default all of them.
       max_failures: failures of one environment in a row that are tolerated, "in a row" being with fewer
         than 300 completed steps in between.
 
@@ -61,11 +62,14 @@ class SerialVectorEnv:
         identity: dict[str, Any],
         *,
         max_failures: int = 5,
+        first: int = 0,
+        total: int | None = None,
     ):
         self.num_envs = num_envs
+        self._part = slice(first, first + num_envs)
         self._make_env = make_env
         self._seed = seed
-        self._header = {"format": STATE_FORMAT, "num_envs": num_envs, **identity}
+        self._header = {"format": STATE_FORMAT, "num_envs": total or num_envs, **identity}
         self._game = identity["game"]
         self._max_failures = max_failures
         self._health = [_Health() for _ in range(num_envs)]
@@ -132,7 +136,10 @@ class SerialVectorEnv:
                     f"the saved environment state has {name}={theirs!r}, these environments have {ours!r}"
                 )
         try:
-            self._health = [_Health(**each) for each in health]
+            if not len(health) == len(envs) == header["num_envs"]:
+                raise ValueError(f"{len(envs)} of {header['num_envs']} environments")
+            envs = envs[self._part]
+            self._health = [_Health(**each) for each in health[self._part]]
             for index, (env, each) in enumerate(zip(self._envs, envs, strict=True)):
                 if each is None:
                     self._rebuild(index)  # with other seeds: its first episodes were played already
@@ -177,7 +184,8 @@ class SerialVectorEnv:
         return list(actions)
 
     def _build(self, index: int) -> Env:
-        entropy = np.random.SeedSequence((self._seed, index, self._health[index].rebuilds))
+        place = self._part.start + index
+        entropy = np.random.SeedSequence((self._seed, place, self._health[index].rebuilds))
         return self._make_env(int(entropy.generate_state(1, np.uint64)[0]))
 
     def _rebuild(self, index: int) -> None:
@@ -224,6 +232,15 @@ def close(env: Env) -> None:
     """Gives back what an environment holds, if it says how."""
     with contextlib.suppress(Exception):  # it may be broken already
         getattr(env, "close", lambda: None)()
+
+
+def join_states(parts: Sequence[bytes]) -> bytes:
+    """What `get_state` of all environments would have given, from those of parts of them, in order."""
+    states = [json.loads(part) for part in parts]
+    whole = {
+        name: [each for state in states for each in state[name]] for name in ("health", "envs", "retired")
+    }
+    return json.dumps(states[0] | whole).encode()
 
 
 def _together(steps: list[Step]) -> EnvStep:

@@ -116,7 +116,8 @@ def fetch(replay: Replay, start: int, stop: int) -> np.ndarray:
         # Always a whole chunk, so that one compiled slice serves; what was not asked for is dropped here.
         first = min(slot, layout.capacity - layout.chunk)
         length = min(stop - at, first + layout.chunk - slot)
-        part = jax.device_get(_take(fields, first, layout.chunk))
+        take = _take if replay.frames.is_fully_addressable else _take_everywhere(replay.frames.sharding)
+        part = jax.device_get(take(fields, first, layout.chunk))
         for name in _FIELDS:
             wanted = part[name][:, slot - first : slot - first + length]
             rows[name][at - start : at - start + length] = np.swapaxes(wanted, 0, 1)
@@ -307,6 +308,13 @@ def _restore(
 def _open(directory: Path, segment: Segment, layout: Layout) -> np.ndarray:
     shape = (segment.stop - segment.start, layout.streams)
     return files.read_array(directory / segment.name, layout.record, shape)
+
+
+@functools.cache
+def _take_everywhere(sharding: Any) -> Any:
+    """As `_take`, of a store that lies with several processes, to all of which it gives everything."""
+    whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return jax.jit(_take, static_argnums=2, out_shardings=whole)
 
 
 @functools.partial(jax.jit, static_argnums=2)

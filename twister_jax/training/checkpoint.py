@@ -60,6 +60,7 @@ class Snapshot:
       host: counters of the host loop, as JSON can hold them.
       lost: steps per stream that were damaged on disk, or older than such, and are not in `replay`.
       visits_lost: their visit counts were damaged, and are 0 in `replay`.
+      fetch: copies steps of `replay` to the host, as `segments.fetch` does.
     """
 
     state: Any
@@ -68,6 +69,7 @@ class Snapshot:
     host: dict[str, Any]
     lost: int = 0
     visits_lost: bool = False
+    fetch: Callable[[Replay, int, int], np.ndarray] = segments.fetch
 
 
 @dataclasses.dataclass
@@ -99,6 +101,8 @@ class Checkpointer(CheckpointDirectory):
         super().__init__(directory, keep)
         # The segments that hold the present run's steps so far: what the next save need not write again.
         self._segments: tuple[Segment, ...] = ()
+        self.restored: tuple[str, bool] | None = None
+        """Name of the checkpoint that `restore` gave, and whether steps of it were lost."""
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._writing: concurrent.futures.Future[None] | None = None
 
@@ -153,6 +157,7 @@ class Checkpointer(CheckpointDirectory):
         for path in reversed(checkpoints):
             try:
                 snapshot, self._segments = self._read_patiently(path, state_like, replay_like)
+                self.restored = (path.name, False)
             except (UnusableError, OSError) as error:
                 _log.warning("checkpoint %s is unusable (%s); trying the one before", path, one_line(error))
                 bad.append(path)
@@ -163,9 +168,25 @@ class Checkpointer(CheckpointDirectory):
         for path in bad:
             with contextlib.suppress(UnusableError, OSError):
                 snapshot, self._segments = self._read(path, state_like, replay_like, salvage=True)
+                self.restored = (path.name, True)
                 return snapshot
         self._refuse_if_any(bad)
         return None
+
+    def restore_the_same(self, restored: tuple[str, bool], state_like: Any, replay_like: Replay) -> Snapshot:
+        """What `restore` of another process gave, which is `restored` of its checkpointer.
+
+        Raises:
+          UserError: this process cannot read it.
+        """
+        name, salvage = restored
+        try:
+            return self._read(self.directory / name, state_like, replay_like, salvage)[0]
+        except (UnusableError, OSError) as error:
+            raise UserError(
+                f"checkpoint {self.directory / name}, which process 0 reads, cannot be read here "
+                f"({one_line(error)}): all processes must see the same file system"
+            ) from None
 
     def _read_patiently(
         self, path: Path, state_like: Any, replay_like: Replay
@@ -284,7 +305,7 @@ class Checkpointer(CheckpointDirectory):
             while at < layout.inserted:
                 self._write_segment(draft)  # the one before, so that only one is ever in memory
                 stop = min(at + layout.segment, layout.inserted)
-                draft.rows = segments.fetch(snapshot.replay, at, stop)
+                draft.rows = snapshot.fetch(snapshot.replay, at, stop)
                 at = stop
         except Exception:
             self._abandon(draft)

@@ -40,13 +40,13 @@ def learn_everything(run: Run, iterate: Callable[[Run], None] | None = None) -> 
 
 def fill(run: Run) -> None:
     """One step of the prefill, with random actions."""
-    spec, envs = run.env.spec, run.env.num_envs
+    spec, envs = run.env.spec, run.config.env.num_envs
     generator = generator_for(run.config.seed, Purpose.PREFILL, run.counters.iterations)
     step_env(run, spec.random_actions(generator, envs))
     if not run.filling:
         run.counters.filled_at = run.counters.env_steps
         # The actor has seen none of this, so it begins as if the present step were the first.
-        everywhere = {"is_first": np.ones(envs, bool)}
+        everywhere = {"is_first": np.ones(run.env.num_envs, bool)}
         lies = run.devices.by_env(everywhere)
         observation = run.state.observation._replace(**run.devices.put(everywhere, lies))
         run.state = dataclasses.replace(run.state, observation=observation)
@@ -96,6 +96,6 @@ def update(run: Run, kind: str, key: Any) -> None:
 
 def step_env(run: Run, action: Any) -> None:
     """Waits for the action, steps every environment, and stores what comes."""
-    step = run.step_env(np.asarray(action))
+    step = run.step_env(action)
     run.store(action, step)
     run.count(step)

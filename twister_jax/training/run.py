@@ -14,7 +14,7 @@ import numpy as np
 
 from twister_jax.agents.base import Health, Pretraining
 from twister_jax.config import Config
-from twister_jax.envs.base import EnvStep
+from twister_jax.envs.base import EnvStep, VectorEnv
 from twister_jax.errors import UserError
 from twister_jax.parallel import Devices
 from twister_jax.randomness import Purpose, generator_for, key_for
@@ -79,7 +79,7 @@ class Run:
         self.make_env = make_env
         seed = int(generator_for(config.seed, Purpose.ENVIRONMENT).integers(2**31))
         try:
-            self.env = make_env(config.game, config.env, config.env.num_envs, seed)
+            self.env = self.make_training_env(seed)
         except RuntimeError as error:
             raise UserError(f"cannot start {config.game}: {error}") from error
         self.agent = make_agent(config, self.env.spec)
@@ -94,6 +94,20 @@ class Run:
         self._pace: list[tuple[float, int]] = []
         self._shown: dict[str, Any] = {}
         self._fits = False
+
+    # ------------------------------------------------------------------------------------ how it begins
+
+    def make_training_env(self, seed: int) -> VectorEnv:
+        """The environments that it learns from."""
+        return self.make_env(self.config.game, self.config.env, self.config.env.num_envs, seed)
+
+    def restore(self, shapes: RunState, replay: Replay) -> Snapshot | None:
+        """The newest checkpoint, if there is any."""
+        return self.checkpointer.restore(shapes, replay)
+
+    def open_log(self, **resumed: Any) -> None:
+        """Begins, or goes on with, what is written for people and plots."""
+        self.log = Log(self.directory, self.progress, self.config.train.tensorboard, **resumed)
 
     # ----------------------------------------------------------------------------------- where it stands
 
@@ -169,22 +183,27 @@ class Run:
             self._fits = True
         return program
 
-    def step_env(self, action: np.ndarray) -> EnvStep:
-        """Steps every environment.
+    def step_env(self, action: Any) -> EnvStep:
+        """Waits for the action, and steps every environment.
 
         Raises:
           UserError: one of them failed too often.
         """
         try:
-            return self.env.step(self.env.spec.to_env(action))
+            return self.env.step(self.env.spec.to_env(np.asarray(action)))
         except RuntimeError as error:
             raise UserError(f"{error}; the last checkpoint is kept") from error
 
     def count(self, step: EnvStep) -> None:
         """Counts what the environments returned, when it is stored."""
-        self.counters.add(step)
+        episodes = [(float(episode.score), int(episode.length)) for episode in step.episodes]
+        self.add_steps(int((~step.is_first).sum()), episodes)
+
+    def add_steps(self, steps: int, episodes: list[tuple[float, int]]) -> None:
+        """Counts agent steps, and episodes (score, length) that ended with them."""
+        self.counters.add(steps, episodes)
         if self.refilling:  # what cannot be learned now is not made up for later
-            self.counters.postpone(step)
+            self.counters.postpone(steps)
 
     def store(self, action: Any, step: EnvStep) -> None:
         """Puts a step into the replay, and what it shows before the actor."""

@@ -14,7 +14,7 @@ from twister_jax.randomness import Purpose, key_for
 from twister_jax.replay import store
 from twister_jax.replay.store import Replay
 from twister_jax.training.checkpoint import Snapshot
-from twister_jax.training.logs import Averages, Log
+from twister_jax.training.logs import Averages
 from twister_jax.training.memory import check_start
 from twister_jax.training.programs import Programs, trace_agent
 from twister_jax.training.provenance import different_numerics
@@ -31,7 +31,7 @@ def start_or_resume(run: "Run") -> None:
     Raises:
       UserError: the memory, the settings or what the directory holds do not allow the run.
     """
-    config, agent, num_envs, spec = run.config, run.agent, run.env.num_envs, run.env.spec
+    config, agent, num_envs, spec = run.config, run.agent, run.config.env.num_envs, run.env.spec
     capacity = presets.stored_steps(config)
     for name, value in (("replay.capacity", capacity), ("train.steps", config.train.steps)):
         if value // num_envs < agent.min_replay_steps:
@@ -48,7 +48,7 @@ def start_or_resume(run: "Run") -> None:
     sizes = devices.bytes(replay_shapes, lies), tree_bytes(shapes.agent)
     check_start(*sizes, compiling, jax.local_devices()[0], run.progress.say)
     _remark(run, sizes[0])
-    snapshot = run.checkpointer.restore(shapes, devices.shaped(replay_shapes, lies))
+    snapshot = run.restore(shapes, devices.shaped(replay_shapes, lies))
     if snapshot is not None:
         _resume(run, snapshot)
         if not run.finished:
@@ -56,7 +56,7 @@ def start_or_resume(run: "Run") -> None:
         return
     run.counters, run.stored = Counters(), 0
     run.home.write_config(config.to_dict())  # only its updates' scratch may refuse it now
-    run.log = Log(run.directory, run.progress, config.train.tensorboard)
+    run.open_log()
     try:
         step = run.env.reset()
     except RuntimeError as error:
@@ -87,7 +87,7 @@ def _remark(run: "Run", replay: int) -> None:
 
 def _resume(run: "Run", snapshot: Snapshot) -> None:
     host = snapshot.host
-    run.state = run.devices.put(snapshot.state, snapshot.state.shardings(run.devices))
+    run.state = run.devices.spread(snapshot.state, snapshot.state.shardings(run.devices))
     run.replay = snapshot.replay
     may_change = run.config.changeable()
     check_same_run(run.checkpointer.directory, host.get("config"), run.config.to_dict(), may_change)
@@ -118,14 +118,8 @@ def _resume(run: "Run", snapshot: Snapshot) -> None:
         run.note(f"visit counts were damaged on disk: counted anew from step {run.counters.env_steps:,}")
     if not run.finished and (changed := different_numerics(host.get("numerics"), run.config.precision)):
         run.note(f"resumed at step {run.counters.env_steps:,} with {changed}: not bit for bit")
-    run.log = Log(
-        run.directory,
-        run.progress,
-        run.config.train.tensorboard,
-        offset=offset,
-        pending=pending,
-        resumed_at=(run.counters.env_steps, run.counters.pretraining_updates),
-    )
+    resumed_at = (run.counters.env_steps, run.counters.pretraining_updates)
+    run.open_log(offset=offset, pending=pending, resumed_at=resumed_at)
 
 
 def compile_programs(run: "Run", state: RunState, replay: Replay) -> Programs:

@@ -132,18 +132,17 @@ class Counters:
         """Names checkpoints: it grows whenever the run makes progress."""
         return self.env_steps + self.pretraining_updates
 
-    def add(self, step: EnvStep) -> None:
-        """Counts what the environments returned."""
+    def add(self, steps: int, episodes: list[tuple[float, int]]) -> None:
+        """Counts a step of all environments: those that took an action, and episodes that ended."""
         self.iterations += 1
-        self.env_steps += int((~step.is_first).sum())
-        for episode in step.episodes:
-            self.episodes.append((float(episode.score), int(episode.length)))
-            self.recent_scores = [*self.recent_scores, float(episode.score)][-10:]
+        self.env_steps += steps
+        self.episodes += episodes
+        self.recent_scores = [*self.recent_scores, *(score for score, _ in episodes)][-10:]
 
-    def postpone(self, step: EnvStep) -> None:
-        """No updates are due for this step."""
+    def postpone(self, steps: int) -> None:
+        """No updates are due for these steps."""
         assert self.filled_at is not None
-        self.filled_at += int((~step.is_first).sum())
+        self.filled_at += steps
 
 
 def updates_due(env_steps: int, filled_at: int | None, updates_per_step: float) -> int:

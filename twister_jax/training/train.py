@@ -6,8 +6,10 @@ from pathlib import Path
 
 from twister_jax import agents, envs
 from twister_jax.config import Config
+from twister_jax.processes import ALONE, Processes
 from twister_jax.training import loop
 from twister_jax.training.lock import LostError
+from twister_jax.training.parts import NoDirectory, Part, Silent
 from twister_jax.training.progress import Progress
 from twister_jax.training.rescue import rescue
 from twister_jax.training.run import Run
@@ -17,7 +19,10 @@ from twister_jax.training.state import MakeAgent, MakeEnv
 
 
 def train(
-    config: Config, make_agent: MakeAgent = agents.make_agent, make_env: MakeEnv = envs.make_vector_env
+    config: Config,
+    make_agent: MakeAgent = agents.make_agent,
+    make_env: MakeEnv = envs.make_vector_env,
+    processes: Processes = ALONE,
 ) -> int:
     """Trains, evaluates, and leaves everything in the run directory; goes on where an earlier call stopped.
 
@@ -29,10 +34,12 @@ def train(
       UserError: the directory, the memory or the settings do not allow the run.
       run.DivergedError: see `train.max_bad_updates`.
     """
-    progress = Progress()
-    with RunDirectory(Path(config.logdir)) as directory, Signals() as signals:
+    first, path = processes.first, Path(config.logdir)
+    progress = Progress() if first else Silent()
+    with RunDirectory(path) if first else NoDirectory(path) as directory, Signals() as signals:
         directory.check_config(config.to_dict(), config.changeable())
-        run = Run(config, make_agent, make_env, progress, signals, directory)
+        whole = (config, make_agent, make_env, progress, signals, directory)
+        run = Run(*whole) if processes.count == 1 else Part(processes, *whole)
         try:
             return _learn_and_evaluate(run)
         except LostError:
