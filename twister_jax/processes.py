@@ -164,9 +164,9 @@ def supervise() -> int:
 
 
 _NOISE = re.compile(
-    rb"[WEF]\d{4} |\*\*\* |PC: @|\s+@\s+0x|Fatal Python error|(Current t|T)hread 0x|  File \"|Extension modules|\s*$|"
-    rb"Aborted|terminate called|  what\(\)|\[Gloo\]|INTERNAL: |This suggests that|Barrier result|\d+$|"
-    rb"The tasks? ha|RPC: /|  \.\.\."
+    rb"[WEF]\d{4} |\*\*\* |PC: @|\s+@\s+0x|Fatal Python error|(Current t|T)hread 0x|  File \"|  \.\.\.|"
+    rb"Extension modules|\s*$|\d+$|Aborted|terminate called|  what\(\)|\[Gloo\]|INTERNAL: |Barrier result|"
+    rb"This suggests that|The tasks? ha|RPC: /|Additional GRPC|:UNKNOWN:"
 )
 """Lines of JAX's about other processes, and the last words of a process that it aborts."""
 

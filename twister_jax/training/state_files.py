@@ -104,7 +104,10 @@ def _orbax() -> Iterator[ocp.Checkpointer]:
     logger.setLevel(logging.CRITICAL)
     try:
         # Floats hardly compress; trying costs more than the disk does.
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as orbax:
+        here = jax.process_index()  # or Orbax would wait for the other processes of the run
+        alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
+        handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=alone)
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as orbax:
             yield orbax
     finally:
         logger.setLevel(level)
