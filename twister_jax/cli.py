@@ -151,7 +151,7 @@ def train(arguments: list[str]) -> int:
     seeds, arguments = take_seeds(arguments)
     parallel = first_reading(arguments)[0].parallel
     if processes.wanted(parallel) > 1 and not processes.supervised():
-        return processes.supervise()
+        return processes.supervise(parallel)
     others = processes.connect(parallel)
     config = read_flags(arguments)
     start_jax()

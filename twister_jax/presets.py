@@ -19,6 +19,8 @@ from twister_jax.files import UnsafePathError
 MOST_UPDATES = 2**31 - 1
 """Optimisers and health count in 32 bits."""
 
+_WHERE = ("parallel.coordinator", "parallel.processes", "parallel.process")
+
 AUTO = "auto"
 """The preset that is chosen by what the machine has."""
 
@@ -80,7 +82,8 @@ def differences_from_paper(config: Config) -> str:
     changed = [
         f"{name} {show(new)} ({show(old)})"
         for name, (new, old) in fields.differences(config, published).items()
-        if name not in ("game", "agent", "preset", "seed", "logdir") and (name, new) != ("precision", AUTO)
+        if name not in ("game", "agent", "preset", "seed", "logdir", *_WHERE)
+        and (name, new) != ("precision", AUTO)
     ]
     return "differs from paper: " + ", ".join(changed) if changed else "settings: as published (paper)"
 

@@ -24,6 +24,7 @@ HEARTBEAT_SECONDS = 20
 START_SECONDS = 45
 _WORKER = "TWISTER_JAX_SUPERVISED"
 _PEER_GONE = 76
+_CONNECTED = b"twister_jax: connected\n"
 
 
 @dataclasses.dataclass
@@ -115,15 +116,19 @@ def connect(config: ParallelConfig) -> Processes:
             shutdown_timeout_seconds=START_SECONDS,
         )
     except Exception as error:
-        where = config.coordinator or "the coordinator"
-        raise UserError(
-            f"{where} does not answer, or not all processes came within {START_SECONDS} s "
-            f"({' '.join(str(error).split())[:80]}): start all of them, process 0 on that host"
-        ) from None
-    # Programs that run beside one another may come in another order elsewhere, where collectives of CPUs would
+        raise UserError(f"{_no_answer(config)} ({' '.join(str(error).split())[:80]})") from None
+    os.write(2, _CONNECTED)
+    # Programs that run beside one another may come in another order elsewhere, where a CPU's collectives would
     # then wait for one another.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     return Processes(jax.process_index(), jax.process_count())
+
+
+def _no_answer(config: ParallelConfig) -> str:
+    return (
+        f"{config.coordinator or 'the coordinator'} does not answer, or not all processes came within "
+        f"{START_SECONDS} s: start all of them, process 0 on that host"
+    )
 
 
 # ------------------------------------------------------------------- ending when another one is gone
@@ -134,7 +139,7 @@ def supervised() -> bool:
     return os.environ.pop(_WORKER, None) is not None
 
 
-def supervise() -> int:
+def supervise(config: ParallelConfig) -> int:
     """Runs this command in a child and says in one line what became of it.
 
     JAX aborts a process whose peers are gone, with a page of addresses; no exception can be caught. So the
@@ -147,20 +152,20 @@ def supervise() -> int:
     child = subprocess.Popen(command, env=env, stderr=subprocess.PIPE)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, _: child.send_signal(number))
-    reader = threading.Thread(target=_pass_on, args=(child.stderr,), daemon=True)
+    connected = threading.Event()
+    reader = threading.Thread(target=_pass_on, args=(child.stderr, connected), daemon=True)
     reader.start()
     code = child.wait()
     reader.join(timeout=5)
     if code >= 0:
         return code
-    if code in (-signal.SIGABRT, -signal.SIGSEGV):
-        print(
-            "twister_jax: another process of this run is gone; the same command, in all of them, goes on "
-            "from the last checkpoint",
-            file=sys.stderr,
-        )
-        return _PEER_GONE
-    return 128 - code
+    if code not in (-signal.SIGABRT, -signal.SIGSEGV):
+        return 128 - code
+    gone = (
+        "another process of this run is gone; the same command, in all of them, goes on from where it saved"
+    )
+    print(f"twister_jax: {gone if connected.is_set() else _no_answer(config)}", file=sys.stderr)
+    return _PEER_GONE
 
 
 _NOISE = re.compile(
@@ -171,10 +176,12 @@ _NOISE = re.compile(
 """Lines of JAX's about other processes, and the last words of a process that it aborts."""
 
 
-def _pass_on(stream: Any) -> None:
+def _pass_on(stream: Any, connected: threading.Event) -> None:
     """What a child says on its standard error stream, without JAX's log of other processes."""
     for line in stream:
-        if not _NOISE.match(line):
+        if line == _CONNECTED:
+            connected.set()
+        elif not _NOISE.match(line):
             with contextlib.suppress(OSError, ValueError):
                 sys.stderr.buffer.write(line)
                 sys.stderr.flush()
