@@ -118,7 +118,7 @@ def connect(config: ParallelConfig) -> Processes:
     except Exception as error:
         raise UserError(f"{_no_answer(config)} ({' '.join(str(error).split())[:80]})") from None
     os.write(2, _CONNECTED)
-    # Programs that run beside one another may come in another order elsewhere, where a CPU's collectives would
+    # Programs that run beside one another may come in another order elsewhere, and a CPU's collectives would
     # then wait for one another.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     return Processes(jax.process_index(), jax.process_count())

@@ -3,7 +3,13 @@
 import contextlib
 import sys
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from twister_jax.training.run import Run
 
 
 class Progress:
@@ -61,6 +67,45 @@ class Progress:
                 status.stop()
             except OSError:
                 self._live = False
+
+
+class Pace:
+    """How fast something goes, over the last half minute or so."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[float, int]] = []
+
+    def at(self, seconds: float, position: int) -> float:
+        """Per second, now that it is there; 0 at first."""
+        self._seen = [then for then in self._seen if then[0] > seconds - 30] or self._seen[-1:]
+        self._seen.append((seconds, position))
+        (t0, s0), (t1, s1) = self._seen[0], self._seen[-1]
+        return (s1 - s0) / (t1 - t0) if t1 > t0 else 0.0
+
+
+def line_of(run: "Run", shown: Mapping[str, Any]) -> str:
+    """`steps 1,234/100,000  updates 1,071  12.3 steps/s  return 3 (last 10: 2.4)  …  left 2h13m`."""
+    counters, pace = run.counters, run.pace()
+    parts = [f"steps {counters.env_steps:,}/{run.config.train.steps:,}"]
+    if run.filling:
+        parts.append("random actions")
+    elif phase := run.phase:
+        parts.append(f"pretraining {phase[0].name} {phase[1]:,}/{phase[0].updates:,}  {pace:.1f} updates/s")
+    else:
+        parts.append(f"updates {counters.updates:,}  {pace:.1f} steps/s")
+    if counters.recent_scores:
+        recent = counters.recent_scores
+        parts.append(f"return {recent[-1]:g} (last {len(recent)}: {np.mean(recent):.1f})")
+    for name, value in shown.items():
+        if name.endswith(run.agent.headline) and value is not None:
+            parts.append(f"{name} {value:.4g}")
+    kind = "update" if run.phase is None else run.phase[0].name
+    if not run.filling and not run.programs.compiled(kind):
+        parts.append("compiling")
+    elif pace and not run.filling:
+        target = run.config.train.steps + sum(phase.updates for phase in run.agent.pretraining)
+        parts.append(f"left {duration((target - counters.position) / pace)}")
+    return "  ".join(parts)
 
 
 def say(line: str) -> None:

@@ -25,7 +25,7 @@ from twister_jax.training.checkpoint import Checkpointer, Snapshot
 from twister_jax.training.logs import Averages, Log
 from twister_jax.training.memory import check_memory
 from twister_jax.training.programs import Programs
-from twister_jax.training.progress import Progress, duration
+from twister_jax.training.progress import Pace, Progress, line_of
 from twister_jax.training.provenance import numerics
 from twister_jax.training.rescue import rescue
 from twister_jax.training.rundir import RunDirectory
@@ -91,7 +91,7 @@ class Run:
         start_or_resume(self)
         self._started = time.monotonic() - self.counters.wall_seconds
         self._tried_at, self._tried_steps = self.seconds, self.counters.env_steps
-        self._pace: list[tuple[float, int]] = []
+        self._pace = Pace()
         self._shown: dict[str, Any] = {}
         self._fits = False
 
@@ -102,11 +102,9 @@ class Run:
         return self.make_env(self.config.game, self.config.env, self.config.env.num_envs, seed)
 
     def restore(self, shapes: RunState, replay: Replay) -> Snapshot | None:
-        """The newest checkpoint, if there is any."""
         return self.checkpointer.restore(shapes, replay)
 
     def open_log(self, **resumed: Any) -> None:
-        """Begins, or goes on with, what is written for people and plots."""
         self.log = Log(self.directory, self.progress, self.config.train.tensorboard, **resumed)
 
     # ----------------------------------------------------------------------------------- where it stands
@@ -172,7 +170,7 @@ class Run:
         """
         if not self.programs.compiled(name):
             self.progress.update(self.progress_line())
-            self._pace.clear()
+            self._pace = Pace()
         program = self.programs[name]
         if not self._fits:
             # Before anything runs: what the process keeps after an update would count as memory in use.
@@ -292,37 +290,11 @@ class Run:
 
     def pace(self) -> float:
         """Agent steps (in pretraining: updates) per second, over the last half minute or so."""
-        now = (self.seconds, self.counters.position)
-        self._pace = [then for then in self._pace if then[0] > now[0] - 30] or self._pace[-1:]
-        self._pace.append(now)
-        (t0, s0), (t1, s1) = self._pace[0], self._pace[-1]
-        return (s1 - s0) / (t1 - t0) if t1 > t0 else 0.0
+        return self._pace.at(self.seconds, self.counters.position)
 
     def progress_line(self) -> str:
-        """`steps 1,234/100,000  updates 1,071  12.3 steps/s  return 3 (last 10: 2.4)  …  left 2h13m`."""
-        counters, pace = self.counters, self.pace()
-        parts = [f"steps {counters.env_steps:,}/{self.config.train.steps:,}"]
-        if self.filling:
-            parts.append("random actions")
-        elif phase := self.phase:
-            parts.append(
-                f"pretraining {phase[0].name} {phase[1]:,}/{phase[0].updates:,}  {pace:.1f} updates/s"
-            )
-        else:
-            parts.append(f"updates {counters.updates:,}  {pace:.1f} steps/s")
-        if counters.recent_scores:
-            recent = counters.recent_scores
-            parts.append(f"return {recent[-1]:g} (last {len(recent)}: {np.mean(recent):.1f})")
-        for name, value in self._shown.items():
-            if name.endswith(self.agent.headline) and value is not None:
-                parts.append(f"{name} {value:.4g}")
-        kind = "update" if self.phase is None else self.phase[0].name
-        if not self.filling and not self.programs.compiled(kind):
-            parts.append("compiling")
-        elif pace and not self.filling:
-            target = self.config.train.steps + sum(phase.updates for phase in self.agent.pretraining)
-            parts.append(f"left {duration((target - counters.position) / pace)}")
-        return "  ".join(parts)
+        """Where it stands, for people."""
+        return line_of(self, self._shown)
 
     # ---------------------------------------------------------------------------------------- how it is saved
 
