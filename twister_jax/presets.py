@@ -61,7 +61,8 @@ def make_config(
     )
     of_suite = {field.name for field in dataclasses.fields(suite.settings)}
     of_env = {f"env.{name}": value for name, value in chosen.env.items() if name in of_suite}
-    for settings in (chosen.shared, suite.presets.get(preset, {}), of_env, chosen.suites.get(suite.name, {})):
+    of_agent = (chosen.suites.get(suite.name, {}), chosen.suites.get(config.game, {}))
+    for settings in (chosen.shared, suite.presets.get(preset, {}), of_env, *of_agent):
         config = fields.replace(config, settings)
     return fields.replace(config, overrides)
 

@@ -48,7 +48,7 @@ def test_the_bar_asks_after_the_blank_frames_and_only_the_answer_counts():
     env = RememberEnv(0, blank_frames=2)
     env.reset()
     steps = [env.step(action) for action in (0, 1, 0, 1)]
-    assert [len(np.unique(step.image.reshape(-1, 3), axis=0)) for step in steps] == [1, 1, 2, 1]
+    assert [len(np.unique(step.image.reshape(-1, 3), axis=0)) for step in steps] == [1, 1, 2, 2]
     assert [step.reward == 0 for step in steps] == [True, True, True, False]
     assert env.step(0).is_first
 

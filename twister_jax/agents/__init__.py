@@ -36,7 +36,7 @@ class Preset:
     env: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Settings of environments, by name; a suite that lacks one ignores it."""
     suites: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    """Suite -> what the preset has otherwise there, by dotted name."""
+    """Suite, or game -> what the preset has otherwise there, by dotted name."""
 
 
 @dataclasses.dataclass(frozen=True)

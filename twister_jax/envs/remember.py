@@ -33,8 +33,8 @@ class RememberConfig(EnvConfig):
 class RememberEnv:
     """A square on the left or on the right, blank frames, then a bar that asks: LEFT or RIGHT.
 
-    The answer to the bar earns 1 if it names the square's side and −1 if not, and ends the episode. No other
-    action matters.
+    The answer to the bar earns 1 if it names the square's side and −1 if not, and ends the episode; the last
+    frame shows the square again. No other action matters.
 
     Args:
       seed: decides the sides.
@@ -83,7 +83,7 @@ class RememberEnv:
     def _image(self) -> UInt8[np.ndarray, "64 64 channel"]:
         pixels = np.empty((IMAGE_SIZE, IMAGE_SIZE, 4), np.uint8)
         pixels[:] = BACKGROUND
-        if self._frame == 0:
+        if self._frame == 0 or self._frame > self._question:
             left = 4 + 32 * self._side
             pixels[20:44, left : left + 24] = CUE
         elif self._frame == self._question:

@@ -144,6 +144,15 @@ class TwisterConfig(AlgorithmConfig):
         yield from too_few_steps(config, self.batch_length, why)
 
 
+# Tiny worlds bear higher learning rates and smaller batches, and random steps show most of them for nothing.
+_TINY = {
+    "train.prefill_steps": 400,
+    "algorithm.batch_size": 4,
+    "algorithm.world_model_optimizer.learning_rate": 1e-3,
+    "algorithm.actor_optimizer.learning_rate": 6e-4,
+    "algorithm.critic_optimizer.learning_rate": 6e-4,
+}
+
 PRESETS = {
     "paper": Preset(TwisterConfig()),
     "cpu": Preset(
@@ -174,6 +183,11 @@ PRESETS = {
             "train.checkpoint_every": 1_000,
             "evaluation.episodes": 20,
             "evaluation.num_envs": 10,
+        },
+        suites={
+            "catch": {"train.steps": 1_200} | _TINY,
+            "ContinuousCatch": {"train.steps": 1_500},
+            "remember": {"train.steps": 1_500} | _TINY,
         },
     ),
     "debug": Preset(
