@@ -8,8 +8,6 @@ import sys
 import textwrap
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 
 
@@ -66,9 +64,3 @@ def test_the_environment_of_gymnasium_on_the_page_is_played_and_saved(tmp_path):
         run(tmp_path, "play.py", "train", *flags, "--logdir", package)
         protocol = json.loads((tmp_path / package / "evaluation.json").read_text())["protocol"]
         assert (protocol["time_limit"], protocol["resumption"]) == (50, resumption)
-
-
-@pytest.mark.slow
-def test_the_notebook_of_the_readme_runs(tmp_path):
-    write(tmp_path, "README.md")
-    assert "losses/image" in run(tmp_path, "block1.py")
