@@ -12,7 +12,8 @@ import pytest
 from ale_py import Action
 
 from tests.envs.test_area_resize import slow_area
-from twister_jax.envs.atari import AtariEnv, rom_path
+from twister_jax.envs.atari import AtariConfig, AtariEnv, AtariSuite
+from twister_jax.envs.emulator import rom_path
 
 RESET = "reset"
 
@@ -185,17 +186,37 @@ def test_a_game_that_ends_while_it_resumes_is_reported_and_the_next_one_starts(s
 
 
 def test_fire_is_pressed_after_a_reset_and_after_each_lost_life(scripted):
-    env, ale = scripted({"lives_lost_at": (15,), "ends_at": 25}, fire_start=True, noop_max=5, seed=4)
+    """FIRE and action 2 for a step each, then no-op steps, then the game."""
+    env, ale = scripted({"lives_lost_at": (35,), "ends_at": 45}, fire_start=True, noop_max=5, seed=4)
     env.reset()
-    noops = len(ale.log) - 5
-    assert 1 <= noops <= 5
-    assert ale.log == [RESET, *[1] * 4, *[0] * noops]
+    start = len(ale.log) - 1
+    noops = start - 8
+    assert noops in range(4, 21, 4)
+    assert ale.log == [RESET, *[1] * 4, *[3] * 4, *[0] * noops]
     played, rewards = len(ale.log), []
-    while ale.frame < 15:
+    while ale.frame < 35:
         rewards.append(env.step(2).reward)
     assert ale.log[played:] == [3] * 4 * len(rewards) + [1] * 4
-    start = 4 + noops
     assert sum(rewards) == sum(range(start + 1, start + 4 * len(rewards) + 5))  # FIRE's earnings count
+
+
+def test_a_life_lost_before_a_game_counts_is_answered_with_fire(scripted):
+    env, ale = scripted({"lives_lost_at": (10,)}, fire_start=True, noop_max=1)
+    env.reset()
+    assert ale.log == [RESET, *[1] * 4, *[3] * 4, *[0] * 4, *[1] * 4]
+
+
+def test_evaluation_starts_without_no_ops_and_goes_on_after_a_lost_life(scripted, monkeypatch):
+    """As the authors of TWM evaluate: no step without action, and no new episode, after a lost life."""
+    env, ale = scripted({"lives_lost_at": (12,)}, fire_start=True, noop_max=0, life_loss_ends_episode=False)
+    env.reset()
+    assert ale.log == [RESET, *[1] * 4, *[3] * 4]
+    steps = [env.step(2) for _ in range(3)]
+    assert not any(step.terminal or step.is_first for step in steps)
+    assert ale.log[9:] == [*[3] * 4, *[1] * 4, *[3] * 8]
+    settings = AtariConfig(life_loss_ends_episode=True, fire_start=True, evaluation_noop_max=0)
+    made = [AtariSuite().make("Breakout", settings, 0, evaluation=each) for each in (False, True)]
+    assert [env._life_loss_ends_episode for env in made] == [True, False]
 
 
 def test_fire_is_not_pressed_where_action_1_is_something_else(scripted):
@@ -207,10 +228,10 @@ def test_fire_is_not_pressed_where_action_1_is_something_else(scripted):
 
 
 def test_fire_is_not_pressed_in_a_finished_game(scripted):
-    env, ale = scripted({"lives_lost_at": (6,), "ends_at": 6}, fire_start=True)
+    env, ale = scripted({"lives_lost_at": (10,), "ends_at": 10}, fire_start=True)
     env.reset()
     assert env.step(2).terminal
-    assert ale.log == [RESET, 1, 1, 1, 1, 3, 3]
+    assert ale.log == [RESET, 1, 1, 1, 1, 3, 3, 3, 3, 3, 3]
 
 
 def test_a_no_op_that_ends_the_game_resets_again(scripted):

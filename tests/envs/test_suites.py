@@ -7,8 +7,9 @@ import ale_py
 import pytest
 
 from twister_jax import envs
-from twister_jax.envs.atari import REFERENCE_SCORES, AtariConfig, rom_path
+from twister_jax.envs.atari import REFERENCE_SCORES, AtariConfig
 from twister_jax.envs.catch import CatchConfig
+from twister_jax.envs.emulator import rom_path
 from twister_jax.errors import UserError
 from twister_jax.presets import make_config
 from twister_jax.training.evaluation import protocol

@@ -7,7 +7,6 @@ exactly.
 import dataclasses
 import enum
 import re
-from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -16,7 +15,6 @@ from jaxtyping import UInt8
 from twister_jax.config import EnvConfig
 from twister_jax.envs.base import IMAGE_SIZE, EnvSpec, Episode, Step, Suite
 from twister_jax.envs.resize import AreaResize
-from twister_jax.errors import UserError
 from twister_jax.fields import CHANGEABLE, FractionBelowOne, PositiveInt, Range
 
 NOOP = 0
@@ -61,15 +59,15 @@ class AtariConfig(EnvConfig):
     frame_skip: Annotated[int, Range(1, 100)] = 4
     """Emulator frames per agent step; the observation is the maximum over the last two."""
     noop_max: Annotated[int, Range(0, 100_000)] = 30
-    """After a reset 1 to this many no-ops are played; 0 plays none."""
+    """After a reset 1 to this many emulator frames without action are played; 0 plays none."""
     sticky_actions: FractionBelowOne = 0.0
     """Probability that the emulator repeats the previous action."""
     grayscale: bool = False
     """One grey channel in place of RGB."""
     life_loss_ends_episode: bool = False
-    """A lost life ends the episode for learning; the game itself goes on."""
+    """A lost life ends the episode for learning; the game itself goes on. Not in evaluation games."""
     fire_start: bool = False
-    """Press FIRE after a reset and after a lost life, in games whose action 1 is FIRE."""
+    """In games whose action 1 is FIRE: FIRE after a reset and a lost life, and no-ops as steps."""
     time_limit_frames: PositiveInt = 108_000
     """Emulator frames after which a game is cut, without being terminal."""
     evaluation_noop_max: Annotated[int, Range(0, 100_000), CHANGEABLE] = 30
@@ -98,12 +96,14 @@ class AtariEnv:
       seed: decides everything random: the emulator's seed, the number of no-ops, sticky actions.
       frame_skip: emulator frames per agent step. The image is the pixel-wise maximum of the last two; of
         a game that ends earlier within a step, its last frame.
-      noop_max: after a reset, 1 to `noop_max` emulator frames (uniform) without action; 0 for none.
+      noop_max: after a reset, 1 to `noop_max` emulator frames (uniform) without action; 0 for none. See
+        `fire_start`.
       sticky_actions: probability, at every emulator frame, that the previous action is repeated.
       grayscale: one channel of ALE's own luminance in place of RGB.
       life_loss_ends_episode: see above.
-      fire_start: press FIRE for one agent step after a reset (before the no-ops) and after each lost life
-        (within the step that lost it), in games whose action 1 is FIRE.
+      fire_start: in games whose action 1 is FIRE, start with an agent step of FIRE and one of action 2, and
+        play the no-ops after that as agent steps in place of frames; press FIRE after each lost life too,
+        within the step that lost it.
       time_limit_frames: emulator frames after the start (FIRE and no-ops) at which the game is cut. This
         is not terminal.
 
@@ -131,7 +131,7 @@ class AtariEnv:
         self._time_limit_frames = time_limit_frames
         self._rng = np.random.default_rng(seed)
 
-        from twister_jax.envs.emulator import Emulator
+        from twister_jax.envs.emulator import Emulator, rom_path
 
         self._emulator = Emulator(rom_path(game), int(self._rng.integers(1, 2**31)))
 
@@ -210,10 +210,11 @@ class AtariEnv:
 
     def _start_game(self) -> Step:
         self._reset_emulator()
+        noops = int(self._rng.integers(1, self._noop_max + 1)) if self._noop_max > 0 else 0
         if self._fire:
-            self._hold(FIRE, self._frame_skip)
-        if self._noop_max > 0:
-            self._hold(NOOP, int(self._rng.integers(1, self._noop_max + 1)))
+            self._fire_start(noops)
+        else:
+            self._hold(NOOP, noops)
         self._read_screen(self._screens[0])
         self._next = _Next.ACT
         self._lives = self._emulator.lives()
@@ -261,6 +262,17 @@ class AtariEnv:
         if pooled:
             np.maximum(shown, earlier, out=shown)
         return reward
+
+    def _fire_start(self, noops: int) -> None:
+        """FIRE and action 2 for a step each, then steps without action, with FIRE where one costs a life."""
+        self._hold(FIRE, self._frame_skip)
+        self._hold(self._actions[2], self._frame_skip)
+        lives = self._emulator.lives()
+        for _ in range(noops):
+            self._hold(NOOP, self._frame_skip)
+            if self._emulator.lives() < lives:
+                self._hold(FIRE, self._frame_skip)
+            lives = self._emulator.lives()
 
     def _hold(self, action: int, frames: int) -> None:
         """Plays frames before a game counts; where that ends it, the game starts over."""
@@ -330,7 +342,7 @@ class AtariSuite(Suite):
             noop_max=settings.evaluation_noop_max if evaluation else settings.noop_max,
             sticky_actions=settings.sticky_actions,
             grayscale=settings.grayscale,
-            life_loss_ends_episode=settings.life_loss_ends_episode,
+            life_loss_ends_episode=settings.life_loss_ends_episode and not evaluation,
             fire_start=settings.fire_start,
             time_limit_frames=(
                 settings.evaluation_time_limit_frames if evaluation else settings.time_limit_frames
@@ -371,20 +383,6 @@ class AtariSuite(Suite):
     def reference_scores(self, name: str) -> tuple[float, float] | None:
         """See `Suite`: as every Atari 100k paper uses them."""
         return REFERENCE_SCORES.get(name)
-
-
-def rom_path(game: str) -> Path:
-    """The ROM of a game, named as `AtariSuite.resolve` returns it.
-
-    Raises:
-      UserError: the game has no ROM in ale-py's wheel.
-    """
-    from twister_jax.envs.emulator import roms
-
-    try:
-        return roms()[game]
-    except KeyError:
-        raise UserError(f"{game} has no ROM in the installed ale-py") from None
 
 
 def _key(name: str) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 import ale_py
 
+from twister_jax.errors import UserError
+
 _RESET = 255  # stands among the emulator's actions in the record of what was done to it
 _LONGEST_RECORD = 100_000_000  # what is restored may come from a stranger
 _REBOOT_AFTER = 20_000  # emulator frames, about a second and a half of emulation
@@ -89,3 +91,15 @@ class Emulator:
         self.ale.setFloat("repeat_action_probability", 0.0)
         self.ale.loadROM(self._rom)
         self._record = bytearray()
+
+
+def rom_path(game: str) -> Path:
+    """The ROM of a game, named as `AtariSuite.resolve` returns it.
+
+    Raises:
+      UserError: the game has no ROM in ale-py's wheel.
+    """
+    try:
+        return roms()[game]
+    except KeyError:
+        raise UserError(f"{game} has no ROM in the installed ale-py") from None
