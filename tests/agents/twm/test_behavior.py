@@ -58,7 +58,7 @@ def draws():
     }
 
 
-RESTARTS = jnp.asarray(np.random.default_rng(5).normal(size=(POOL, LATENT)), jnp.float32)
+RESTARTS = jnp.asarray(np.random.default_rng(5).normal(size=(HORIZON, POOL, LATENT)), jnp.float32)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,9 @@ def test_weights_and_cuts_step_by_step(roll, start, draws):
         np.testing.assert_array_equal(trajectory.done[:, t], ended)
         for row in range(ROLLOUTS):
             if ended[row]:
-                expected = RESTARTS[taken % POOL]  # more restarts than latents: they are used in turn
+                expected = RESTARTS[
+                    t, taken % POOL
+                ]  # those of the step; in turn where there are more restarts
                 taken += 1
             else:
                 expected = draws["latent"][t, row].reshape(-1)

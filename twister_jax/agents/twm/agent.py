@@ -142,7 +142,7 @@ class Twm:
         windows, replay = replay_windows.sample_balanced(
             replay, key_windows, config.batch_size // shards, config.batch_length + 2, self.stack, temperature
         )
-        fresh = replay_windows.sample_frames(replay, key_fresh, config.restart_frames // shards, self.stack)
+        fresh = replay_windows.sample_frames(replay, key_fresh, config.restart_pool // shards, self.stack)
         visits = jnp.sum(replay.visits) / (replay.size * replay.visits.shape[0])
         return TwmBatch(windows, fresh, visits), replay
 
@@ -166,6 +166,7 @@ class Twm:
             start = split(jax.tree.map(lambda x: x[chosen], candidates))
             encoder = self.observation(trained.params["observation"]).encoder
             restarts = flat(encoder(to_float(batch.fresh)).draw(key_restarts))
+            restarts = restarts.reshape(config.imagination_horizon, config.restart_frames, -1)
             noise = jax.random.split(key_dream, config.imagination_horizon)
             trajectory, _ = self.imagine(trained.params, start, restarts, noise, KeySampler)
 
@@ -203,7 +204,7 @@ class Twm:
         self,
         params: dict[str, Params],
         start: StartStates,
-        restarts: Float[Array, "pool latent"],
+        restarts: Float[Array, "H pool latent"],
         noise: Any,
         sampler: Any,
     ) -> tuple[Trajectory, Float[Array, "rollout H_plus_1 hidden"]]:

@@ -77,7 +77,7 @@ def imagine(
     dynamics: Dynamics,
     actor: Mlp,
     start: StartStates,
-    restarts: Float[Array, "pool latent"],
+    restarts: Float[Array, "H pool latent"],
     noise: Any,
     sampler: Callable[[Any], Sampler],
     config: TwmConfig,
@@ -85,14 +85,14 @@ def imagine(
     """Rolls the policy out in the dynamics model (section 2.3); no gradient is meant to flow through it.
 
     A rollout whose cumulative discount D falls under the threshold is cut, and goes on from a fresh latent:
-    the k-th cut, counted by step and then by rollout, takes restarts[k mod pool]. Attention never looks
-    back across a cut, just as it never looks across an episode's end.
+    the k-th cut, counted by step and then by rollout, takes number k mod pool of its step's. Attention never
+    looks back across a cut, just as it never looks across an episode's end.
 
     Args:
       dynamics: the dynamics model.
       actor: the policy.
       start: where the rollouts begin.
-      restarts: latents of random replay frames.
+      restarts: latents of random replay frames, others for every step.
       noise: pytree whose leading axis is the number of steps H; one slice feeds each step.
       sampler: makes of one slice of `noise` the sampler of that step; it draws "action" and "latent".
       config: threshold.
@@ -103,7 +103,7 @@ def imagine(
     dynamics, actor = cast_kernels(dynamics), cast_kernels(actor)
     rollouts = start.reward.shape[0]
     horizon = jax.tree.leaves(noise)[0].shape[0]
-    pool = restarts.shape[0]
+    pool = restarts.shape[1]
     chex.assert_equal_shape([start.reward, start.last])
 
     memory = dynamics.empty_memory(rollouts, horizon + 1)
@@ -114,7 +114,7 @@ def imagine(
     )
 
     def body(carry: _Carry, inputs):
-        step, noise = inputs
+        step, noise, fresh = inputs
         draw = sampler(noise)
         # Numbering the step that is being written, and all later ones, after the episodes so far.
         later = jnp.arange(horizon + 1) >= step
@@ -131,7 +131,7 @@ def imagine(
         cumulative = weight * discount
         done = cumulative < config.restart_threshold
         order = carry.restarted + jnp.cumsum(done) - 1
-        latent = jnp.where(done[:, None], restarts[order % pool], flat(draw("latent", predictions.latent)))
+        latent = jnp.where(done[:, None], fresh[order % pool], flat(draw("latent", predictions.latent)))
         chex.assert_equal_shape([latent, carry.latent])
         carry = _Carry(
             memory=memory,
@@ -153,7 +153,7 @@ def imagine(
         cumulative=jnp.ones(rollouts),
         restarted=jnp.zeros((), jnp.int32),
     )
-    _, outputs = jax.lax.scan(body, initial, (jnp.arange(1, horizon + 1), noise))
+    _, outputs = jax.lax.scan(body, initial, (jnp.arange(1, horizon + 1), noise, restarts))
     latent, hidden, *rest = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), outputs)
     latent = jnp.concatenate([start.latents[:, 1:], latent], axis=1)
     hidden = jnp.concatenate([hidden_0[:, None], hidden], axis=1)

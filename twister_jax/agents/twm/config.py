@@ -77,8 +77,9 @@ class TwmConfig(AlgorithmConfig):
     """Imagined rollouts per update."""
     imagination_horizon: Length = 15
     """Steps of an imagined rollout."""
-    restart_frames: Size = 256
-    """Replay frames encoded per update for rollouts to restart from; more restarts reuse them in turn."""
+    restart_frames: Size = 16
+    """Replay frames encoded anew for each imagined step, for rollouts to restart from; more restarts than
+    these use them in turn."""
     balanced_sampling: bool = True
     """Draw windows less often the more often they were drawn before; otherwise all alike."""
     sampling_temperature: Positive = 20.0
@@ -125,12 +126,17 @@ class TwmConfig(AlgorithmConfig):
     critic_optimizer: OptimizerConfig = OptimizerConfig(1e-5, 1e-5, 1.0, 1e-6)
 
     @property
+    def restart_pool(self) -> int:
+        """Frames that an update draws for rollouts to restart from."""
+        return self.imagination_horizon * self.restart_frames
+
+    @property
     def min_replay_steps(self) -> int:
         """Stored steps of a stream that always hold enough observations for every draw without replacement.
 
         At least every other stored step is an observation: an episode has one more frame than actions.
         """
-        observations = [self.batch_size + self.batch_length + 1, self.restart_frames]
+        observations = [self.batch_size + self.batch_length + 1, self.restart_pool]
         if self.pretrain_observation_samples:
             observations.append(self.batch_size * self.batch_length)
         if self.pretrain_behavior_samples:
@@ -158,7 +164,8 @@ class TwmConfig(AlgorithmConfig):
         yield from too_few_steps(config, self.batch_length + 2, why)
 
 
-_SHARED = {"replay.capacity": 100_000, "evaluation.sample_actions": True}
+# Room for 100,000 transitions and the resets among them.
+_SHARED = {"replay.capacity": 109_000, "evaluation.sample_actions": True}
 _ENV = {
     "grayscale": True,
     "life_loss_ends_episode": True,
@@ -178,7 +185,7 @@ PRESETS = {
             batch_length=12,
             imagination_batch=64,
             imagination_horizon=10,
-            restart_frames=64,
+            restart_frames=6,
             model=TwmModelConfig(
                 cnn_channels=8,
                 encoder_hidden=(256, 256),
@@ -223,7 +230,7 @@ PRESETS = {
             batch_length=4,
             imagination_batch=6,
             imagination_horizon=4,
-            restart_frames=8,
+            restart_frames=2,
             model=TwmModelConfig(
                 cnn_channels=4,
                 encoder_hidden=(32,),

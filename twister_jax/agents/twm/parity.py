@@ -134,11 +134,13 @@ def compare(sizes: dict[str, Any], fixture: Fixture, dtype: DTypeLike) -> list[R
         last=jnp.asarray((fixture["out/im/start_terminated"] | fixture["out/im/start_truncated"])[:, 0]),
     )
     rows.append(Row("out/im/start_*", _start_error(start, start_states(out.latent, windows)), 0.0))
-    restarts = jnp.asarray(fixture["out/im/restart_z"])
+    pool = jnp.asarray(fixture["out/im/restart_z"])  # one for all steps
     noise = {
         "action": jnp.swapaxes(actions("out/im/action"), 0, 1),
         "latent": jnp.swapaxes(jnp.asarray(fixture["out/im/z_prior_sample"]), 0, 1),
     }
+
+    restarts = jnp.broadcast_to(pool, (len(noise["action"]), *pool.shape))
 
     @jax.jit
     def train_behavior(params):
