@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from twister_jax import agents
-from twister_jax.agents.fixtures import Fixture, Row, published_weights
+from twister_jax.agents.fixtures import Fixture, Row
 from twister_jax.errors import UserError
 from twister_jax.files import one_line
 from twister_jax.training.progress import say
@@ -51,7 +51,8 @@ def check(path: Path, dtype: DTypeLike = np.float32) -> list[Row]:
       UserError: the file is no fixture, or its sizes, weights and inputs do not fit together.
     """
     sizes, fixture = load(path)
-    package = agents.package_of_fixture(published_weights(fixture))
+    names = [name.removeprefix("param/") for name in fixture if name.startswith("param/")]
+    package = agents.package_of_fixture(names)
     if package is None:
         raise UserError(f"{path} is no parity fixture: it has no agent's 'param/…' arrays")
     try:

@@ -220,8 +220,7 @@ def fuzz_fixtures(tmp_path, monkeypatch):
     def changed_array(array, what, value):
         if what == "delete":
             return array[..., :-1] if array.ndim and array.shape[-1] else array.astype(str)
-        with np.errstate(all="ignore"):
-            return np.asarray(value, dtype=object).astype(str) if what == "add" else array.reshape(-1)[:1]
+        return np.array([str(value)]) if what == "add" else array.reshape(-1)[:1]
 
     def check(name, changes, kind):
         sizes, arrays = sound[name]

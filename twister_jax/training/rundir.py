@@ -147,9 +147,11 @@ def check_same_run(path: Path, stored: Any, config: dict[str, Any], changeable: 
     if stored is None:
         return
     try:
-        there = _values(stored)
-    except (AttributeError, ValueError, RecursionError):
-        raise UserError(f"{path} does not say what run it is of: it is damaged") from None
+        there = _values(stored if isinstance(stored, dict) else {})
+    except (ValueError, RecursionError):
+        there = {}
+    if not there:
+        raise UserError(f"{path} does not say what run it is of: it is damaged")
     _refuse_another(path, there, _values(config), changeable)
 
 
