@@ -1,6 +1,7 @@
 """Several devices: the same update as on one, and what passes between them."""
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -39,13 +40,9 @@ def slow(*values):
 
 
 CASES = [
-    (4, "twister", "gpu"),
-    slow(4, "twm", "gpu"),
-    *(
-        slow(count, agent, target)
-        for agent in ("twister", "twm")
-        for count, target in ((2, "gpu"), (8, "gpu"), (2, "cpu"), (4, "cpu"), (8, "cpu"))
-    ),
+    slow(count, agent, target)
+    for agent in ("twister", "twm")
+    for count, target in itertools.product((2, 4, 8), ("gpu", "cpu"))
 ]
 
 

@@ -9,6 +9,8 @@ import pytest
 
 from experiments import runs
 from experiments.__main__ import main
+
+pytest.importorskip("ray")
 from tests.experiments.test_ray import parent_of, start, wait_for
 
 

@@ -118,8 +118,8 @@ def test_dropout_acts_on_weights_attention_and_feedforward_of_every_block(transf
     shapes, sizes = [], []
 
     class Recorder(Dropout):
-        def __init__(self, rate, key, size):
-            super().__init__(rate, key, size)
+        def __init__(self, rate, key, batch, size):
+            super().__init__(rate, key, batch, size)
             sizes.append(size)
 
         def __call__(self, x):
@@ -130,4 +130,4 @@ def test_dropout_acts_on_weights_attention_and_feedforward_of_every_block(transf
     transformer(inputs, first_at(3), jax.random.key(0))
     activations = (BATCH, LENGTH, HIDDEN)
     assert shapes == 2 * [(BATCH, 4, LENGTH, LENGTH), activations, activations]
-    assert sizes == [sum(map(math.prod, shapes))]
+    assert sizes == [sum(map(math.prod, shapes)) // BATCH]
