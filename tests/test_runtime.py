@@ -95,8 +95,8 @@ import ctypes, resource
 from pathlib import Path
 from twister_jax.runtime import keep_freed_memory
 keep_freed_memory()
-import jax.numpy as jnp
-from twister_jax.training.programs import Programs, trace
+import jax, jax.numpy as jnp
+from twister_jax.training.programs import Programs
 from twister_jax.training.signals import Signals
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
@@ -114,7 +114,7 @@ class Compiler:  # of one that took a GiB for itself
         self.before = resident()
         return traced.lower()
 
-traced, compiler = trace(jnp.sin, jnp.ones(3)), Compiler()
+traced, compiler = jax.jit(jnp.sin).trace(jnp.ones(3)), Compiler()
 Programs({"sine": compiler}, Signals())["sine"]
 print(compiler.before - resident())
 """

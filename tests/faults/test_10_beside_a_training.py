@@ -21,7 +21,7 @@ from twister_jax.training.train import train
 
 def test_a_run_is_read_while_it_replaces_its_checkpoints(tmp_path):
     """One is kept, and every step writes another: what is read is deleted under the reader."""
-    config = config_of(tmp_path, 400, **{"train.checkpoint_every": 1, "train.keep_checkpoints": 1})
+    config = config_of(tmp_path, 130, **{"train.checkpoint_every": 1, "train.keep_checkpoints": 1})
     codes: list[int] = []
     training = threading.Thread(target=lambda: codes.append(train(config)))
     training.start()

@@ -92,7 +92,7 @@ def damaged(data, index, what, value):
 @pytest.fixture(autouse=True)
 def nothing_computes(monkeypatch):
     """What is accepted ends where training, playing or comparing would begin."""
-    monkeypatch.setattr(train, "train", lambda *_: 0)
+    monkeypatch.setattr(train, "train", lambda *_, **__: 0)
     monkeypatch.setattr(evaluation, "evaluate_directory", lambda *_: 0)
     monkeypatch.setattr(loop, "learn_everything", lambda run: None)
     monkeypatch.setattr(start, "compile_programs", lambda *_: None)
