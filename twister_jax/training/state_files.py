@@ -18,6 +18,15 @@ from twister_jax.errors import UserError
 from twister_jax.files import UnusableError, one_line
 
 
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return not ("never retrieved" in text and "tensorstore" in text)
+
+
+# Orbax raises one of its errors and forgets the others, of which Python then logs a page each.
+logging.getLogger("asyncio").addFilter(_not_of_orbax)
+
+
 def fetch(state: Any) -> dict[str, np.ndarray]:
     """The leaves of a state on the host, by name."""
     for leaf in jax.tree.leaves(state):

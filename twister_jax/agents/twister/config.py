@@ -192,7 +192,7 @@ PRESETS = {
     ),
     "debug": Preset(
         TwisterConfig(
-            batch_size=2,
+            batch_size=4,
             batch_length=16,
             imagination_horizon=4,
             model=TwisterModelConfig(

@@ -228,9 +228,9 @@ PRESETS = {
         TwmConfig(
             batch_size=4,
             batch_length=4,
-            imagination_batch=6,
+            imagination_batch=8,
             imagination_horizon=4,
-            restart_frames=2,
+            restart_frames=4,
             model=TwmModelConfig(
                 cnn_channels=4,
                 encoder_hidden=(32,),
