@@ -47,6 +47,10 @@ class TrainConfig:
     """Random-action steps before the first update."""
     updates_per_step: Annotated[float, Range(0, 1_000, open_low=True)] = 1.0
     """Gradient updates per agent step after the prefill."""
+    act_before_update: bool = True
+    """Choose each action before the updates that are due, so that the environments run while the device
+    learns. With no, every action is chosen by the newest parameters, as in the authors' code, and the device
+    waits for the environments."""
     log_every: Annotated[PositiveInt, CHANGEABLE] = 100
     """Updates between rows of metrics.jsonl; each row is the mean over them."""
     report_every: Annotated[NonNegativeInt, CHANGEABLE] = 5_000

@@ -22,17 +22,23 @@ def make_agent(config, spec):
         }
 
     def init_carry(state, num_envs):
-        return {"memory": jnp.zeros((num_envs, 16))}
+        return {"memory": jnp.zeros((num_envs, 16)), "action": jnp.zeros((num_envs, spec.num_actions))}
 
     def act(state, carry, observation, key, sample=True):
         seen = jnp.mean(observation.image / 255.0, (1, 2, 3))[:, None] * jnp.ones(16)
-        memory = jnp.where(observation.is_first[:, None], 0.0, carry["memory"]) * 0.5 + seen
+        before = carry["memory"] + carry["action"] @ jnp.arange(1.0, spec.num_actions + 1)[:, None]
+        memory = jnp.where(observation.is_first[:, None], 0.0, before) * 0.5 + seen
         logits = memory @ state["w"].T
         if not spec.discrete:
             noise = jax.random.normal(key, logits.shape) if sample else 0.0
-            return jnp.tanh(logits) + noise, {"memory": memory}
-        choice = jax.random.categorical(key, logits) if sample else jnp.argmax(logits, -1)
-        return jax.nn.one_hot(choice, spec.num_actions), {"memory": memory}
+            action = jnp.tanh(logits) + noise
+        else:
+            choice = jax.random.categorical(key, logits) if sample else jnp.argmax(logits, -1)
+            action = jax.nn.one_hot(choice, spec.num_actions)
+        return action, {"memory": memory, "action": action}
+
+    def took(carry, action):
+        return carry | {"action": action}
 
     def sample(replay, key, shards=1):
         return store.sample(replay, key, algorithm.batch_size // shards, algorithm.batch_length), replay
@@ -80,6 +86,7 @@ def make_agent(config, spec):
         init=init,
         init_carry=init_carry,
         act=act,
+        took=took,
         act_evaluate=partial(act, sample=config.evaluation.sample_actions),
         sample=sample,
         learn=learn,

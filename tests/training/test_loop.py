@@ -26,9 +26,11 @@ from tests.runs import (
     wait_until,
 )
 from twister_jax.agents import make_agent
+from twister_jax.agents.base import Observation
 from twister_jax.envs import make_vector_env
 from twister_jax.errors import UserError
-from twister_jax.presets import read_config
+from twister_jax.presets import make_config, read_config
+from twister_jax.replay import store
 from twister_jax.training import loop
 from twister_jax.training.checkpoint import Checkpointer, Snapshot
 from twister_jax.training.logs import Averages, Log, MetricsFile
@@ -92,7 +94,50 @@ def test_prefill_lasts_until_a_window_fits(tmp_path):
         while run.filling:
             loop.fill(run)
     assert run.counters.iterations + 1 == WINDOW == int(run.replay.inserted)
-    assert run.state.observation.is_first.all()  # for the actor, which has seen none of this
+
+
+@pytest.mark.parametrize("game", ["Catch", "slider:easy"])
+def test_the_actor_goes_on_from_the_random_steps(tmp_path, game):
+    settings = {"logdir": str(tmp_path), "env.num_envs": 2, "train.prefill_steps": 40} | NO_PHASES
+    with Signals() as signals:
+        config = make_config(third.AGENT, "debug", game, **settings)
+        run = Run(config, make_agent, make_vector_env, Progress(), signals)
+        while run.filling:
+            loop.fill(run)
+    stored = store.gather(run.replay, jnp.arange(2), jnp.zeros(2, int), run.stored)
+    carry = run.agent.init_carry(run.state.agent, 2)
+    for step in range(run.stored - 1):  # the last one is still to be answered
+        seen = Observation(stored.image[:, step], stored.is_first[:, step])
+        _, carry = run.agent.act(run.state.agent, carry, seen, jax.random.key(0))
+        action = stored.action[:, step + 1]  # that of a reset step is stored as zeros, and not looked at
+        resets = stored.is_first[:, step + 1, None]
+        carry = run.agent.took(carry, jnp.where(resets, run.state.carry["action"], action))
+    for name, expected in carry.items():
+        np.testing.assert_allclose(run.state.carry[name], expected, atol=1e-6)
+    assert not run.state.observation.is_first.all()
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_actions_come_before_or_after_the_updates(tmp_path, monkeypatch, before):
+    config = config_of(tmp_path, 40, **{"train.act_before_update": before, "train.updates_per_step": 2.0})
+    called = []
+    program = Run.program
+    monkeypatch.setattr(Run, "program", lambda self, name: called.append(name) or program(self, name))
+    assert train(config) == 0
+    order = [name for name in called if name in ("act", "update")]
+    steps = "".join(name[0] for name in order[order.index("update") - 1 :])  # from the act before
+    assert ("auu" * 8 if before else "uua" * 8) in steps
+    assert steps.endswith("auuuu" if before else "auu")  # those that the last step earned
+
+
+def test_a_run_that_acts_after_its_updates_resumes_exactly(tmp_path):
+    changed = {"train.act_before_update": False, "env.num_envs": 2}
+    whole, parts = (config_of(tmp_path / name, **changed) for name in ("whole", "parts"))
+    assert train(whole) == 0
+    with pytest.raises(Killed):
+        train(parts, make_env=partial(killed_env, 15))
+    assert train(parts) == 0
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
 # ----------------------------------------------------------------------------------------- resumption

@@ -211,6 +211,8 @@ class Agent(Learner):
       act: (state, carry, observation, key) -> (action [env, num_actions], carry), the policy sampled.
       act_evaluate: the same by the evaluation protocol of the paper (mode or sample).
       sample, learn: the updates of the loop; see `Learner`.
+      took: (carry, action [env, num_actions]) -> the carry where the environments were given this action in
+        place of the one that `act` chose. Only agents whose carry holds the action need one.
       report: (state, replay, key) -> {name: uint8 picture [height, width, 3]} for people to look at.
       health: state -> `Health`.
       parts: the `jax.named_scope`s that `update` puts its parts into, for profiles.
@@ -237,3 +239,4 @@ class Agent(Learner):
     parts: tuple[str, ...] = ()
     pretraining: tuple[Pretraining, ...] = ()
     dream: Dream | None = None
+    took: Callable[[Carry, Float[Array, "env action"]], Carry] = lambda carry, action: carry

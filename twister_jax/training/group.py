@@ -158,6 +158,7 @@ class Group:
                 seeds.add_all, self.averages[kind], metrics, active, donate=(0,)
             )
         self._insert = self._lift(seeds.insert_all, donate=(0,))
+        self._took = self._lift(seeds.took_all(agent))
         if first.config.train.report_every:
             of_one = jax.eval_shape(lambda: (_take_first(states.agent), _take_first(self.replays)))
             traced["report"] = jax.jit(agent.report).trace(*of_one, key_for(0, Purpose.INIT))
@@ -206,7 +207,7 @@ class Group:
         phases = {member: member.phase for member in self.live if member not in filling}
         looping = [member for member, phase in phases.items() if phase is None]
         acting = [member for member in looping if member.steps_left]
-        if fresh := [member for member in acting if not member.counters.acted]:
+        if fresh := [member for member in (*filling, *acting) if not member.counters.acted]:
             self._act(fresh)
         for kind in dict.fromkeys(phase[0].name for phase in phases.values() if phase):
             self._pretrain(kind, {m: phase for m, phase in phases.items() if phase and phase[0].name == kind})
@@ -255,15 +256,18 @@ class Group:
         if not filling and not acting:
             return
         actions = np.array(self.states.action)
+        for member in filling:
+            generator = generator_for(member.config.seed, Purpose.PREFILL, member.counters.iterations)
+            actions[member.index] = member.env.spec.random_actions(generator, member.env.num_envs)
+        if filling:
+            carry = self._took(self.states.carry, self._put(actions), self._mask(filling))
+            self.states = dataclasses.replace(self.states, carry=carry)
         shown = jax.tree.map(np.array, self.states.observation)  # new: a device may still read the last
         reward, terminal = (np.zeros(shown.is_first.shape, kind) for kind in (np.float32, bool))
         first = np.array(shown.is_first)
         done: list[Member] = []
         for member in (*filling, *acting):
-            at, spec = member.index, member.env.spec
-            if member in filling:
-                generator = generator_for(member.config.seed, Purpose.PREFILL, member.counters.iterations)
-                actions[at] = spec.random_actions(generator, member.env.num_envs)
+            at = member.index
             step = self._guard(member, member.step_env, actions[at])
             if step is None:
                 continue
@@ -279,7 +283,6 @@ class Group:
             member.count(step)
             if member in filling and not member.filling:
                 member.counters.filled_at = member.counters.env_steps
-                shown.is_first[at] = True  # see loop.fill
             member.counters.acted = False
         observation = self._put(shown)
         steps = Transition(*self._put((shown.image, actions, reward, terminal, first)))

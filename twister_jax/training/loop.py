@@ -13,8 +13,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from twister_jax.agents.base import Pretraining
 from twister_jax.randomness import Purpose, generator_for, key_for
 from twister_jax.training.run import Run
@@ -39,17 +37,14 @@ def learn_everything(run: Run, iterate: Callable[[Run], None] | None = None) -> 
 
 
 def fill(run: Run) -> None:
-    """One step of the prefill, with random actions."""
-    spec, envs = run.env.spec, run.config.env.num_envs
+    """One step of the prefill: random actions, at which the actor looks on."""
+    act(run)
     generator = generator_for(run.config.seed, Purpose.PREFILL, run.counters.iterations)
-    step_env(run, spec.random_actions(generator, envs))
+    action = run.put_action(run.env.spec.random_actions(generator, run.config.env.num_envs))
+    run.state = dataclasses.replace(run.state, carry=run.agent.took(run.state.carry, action), action=action)
+    step_env(run)
     if not run.filling:
         run.counters.filled_at = run.counters.env_steps
-        # The actor has seen none of this, so it begins as if the present step were the first.
-        everywhere = {"is_first": np.ones(run.env.num_envs, bool)}
-        lies = run.devices.by_env(everywhere)
-        observation = run.state.observation._replace(**run.devices.put(everywhere, lies))
-        run.state = dataclasses.replace(run.state, observation=observation)
 
 
 def pretrain(run: Run, phase: Pretraining, done: int) -> None:
@@ -64,15 +59,22 @@ def pretrain(run: Run, phase: Pretraining, done: int) -> None:
 
 def act_learn_step(run: Run) -> None:
     """Acts, learns and steps; the environments run while the device learns."""
-    if not run.counters.acted:
-        act = run.program("act")
-        key = key_for(run.config.seed, Purpose.ACT, run.counters.iterations)
-        action, carry = act(run.state.agent, run.state.carry, run.state.observation, key)
-        run.state = dataclasses.replace(run.state, carry=carry, action=action)
-        run.counters.acted = True
+    if not run.config.train.act_before_update:
+        learn(run)
+    act(run)
     learn(run)
-    step_env(run, run.state.action)
-    run.counters.acted = False
+    step_env(run)
+
+
+def act(run: Run) -> None:
+    """Chooses the next action, unless that was done already."""
+    if run.counters.acted:
+        return
+    key = key_for(run.config.seed, Purpose.ACT, run.counters.iterations)
+    choose = run.program("act")
+    action, carry = choose(run.state.agent, run.state.carry, run.state.observation, key)
+    run.state = dataclasses.replace(run.state, carry=carry, action=action)
+    run.counters.acted = True
 
 
 def learn(run: Run) -> None:
@@ -94,8 +96,9 @@ def update(run: Run, kind: str, key: Any) -> None:
     run.averages[kind] = add(run.averages[kind], metrics)
 
 
-def step_env(run: Run, action: Any) -> None:
+def step_env(run: Run) -> None:
     """Waits for the action, steps every environment, and stores what comes."""
-    step = run.step_env(action)
-    run.store(action, step)
+    step = run.step_env(run.state.action)
+    run.store(run.state.action, step)
     run.count(step)
+    run.counters.acted = False

@@ -53,11 +53,8 @@ class Part(Run):
     def step_env(self, action: Any) -> EnvStep:
         return super().step_env(self._own(action))
 
-    def store(self, action: Any, step: EnvStep) -> None:
-        if not isinstance(action, jax.Array):
-            own = self._own(action)
-            action = self.devices.put(own, self.devices.by_env(own))
-        super().store(action, step)
+    def put_action(self, action: np.ndarray) -> jax.Array:
+        return super().put_action(self._own(action))
 
     def _own(self, action: Any) -> np.ndarray:
         """The rows of this process's environments, of an array of all of them."""

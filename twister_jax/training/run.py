@@ -181,6 +181,10 @@ class Run:
             self._fits = True
         return program
 
+    def put_action(self, action: np.ndarray) -> jax.Array:
+        """Actions of all environments, copied to the devices that act for them."""
+        return self.devices.put(action, self.devices.by_env(action))
+
     def step_env(self, action: Any) -> EnvStep:
         """Waits for the action, and steps every environment.
 

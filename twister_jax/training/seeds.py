@@ -32,6 +32,13 @@ def act_all(agent: Agent) -> Callable[..., Any]:
     return act
 
 
+def took_all(agent: Agent) -> Callable[..., Any]:
+    def took(carries: Any, actions: Any, active: Active) -> Any:
+        return _where(active, jax.vmap(agent.took)(carries, actions), carries)
+
+    return took
+
+
 def update_all(learner: Learner, in_turn: bool) -> Callable[..., Any]:
     """An update of those seeds that take part, side by side or in turn.
 

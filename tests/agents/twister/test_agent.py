@@ -223,6 +223,21 @@ def test_a_reset_forgets_everything(small):
         np.testing.assert_array_equal(one.latent, two.latent)
 
 
+def test_another_action_that_was_taken_is_what_acting_remembers(small):
+    image = jnp.zeros((2, 64, 64, 3), jnp.uint8)
+    carry = small.agent.init_carry(small.state, 2)
+    _, carry = small.act(small.state, carry, Observation(image, jnp.ones(2, bool)), jax.random.key(0))
+    observation = Observation(image + 90, jnp.asarray([False, True]))
+
+    def after(action):
+        taken = small.agent.took(carry, jax.nn.one_hot(jnp.full(2, action), SPEC.num_actions))
+        return small.act(small.state, taken, observation, jax.random.key(1))[1].cache.keys[0]
+
+    one, other = after(0), after(1)
+    assert not np.array_equal(one[0], other[0])  # keys are of (z, a)
+    np.testing.assert_array_equal(one[1], other[1])  # but for an episode's first
+
+
 def test_evaluation_takes_the_mode_where_the_configuration_says_so(small):
     observation = Observation(jnp.zeros((1, 64, 64, 3), jnp.uint8), jnp.asarray([True]))
     carry = small.agent.init_carry(small.state, 1)

@@ -1,5 +1,6 @@
 """TWISTER as one agent: init, act, sample, learn. `learn` reads like the paper's algorithm 1."""
 
+import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -148,6 +149,10 @@ class Twister:
         policy = actor(features(latent, deter))
         action = draw("action", policy) if sample_actions else policy.mode()
         return action, TwisterCarry(cache, latent, action)
+
+    def took(self, carry: TwisterCarry, action: Float[Array, "env action"]) -> TwisterCarry:
+        """The same transition with another action."""
+        return dataclasses.replace(carry, action=action)
 
     # ------------------------------------------------------------------------------------------ learning
 
@@ -313,6 +318,7 @@ def make_agent(config: Config, spec: EnvSpec) -> Agent:
         init=twister.init,
         init_carry=twister.init_carry,
         act=twister.act,
+        took=twister.took,
         act_evaluate=partial(twister.act, sample_actions=config.evaluation.sample_actions),
         sample=twister.sample,
         learn=twister.learn,

@@ -147,7 +147,6 @@ class TwisterConfig(AlgorithmConfig):
 # Tiny worlds bear higher learning rates and smaller batches, and random steps show most of them for nothing.
 _TINY = {
     "train.prefill_steps": 400,
-    "algorithm.batch_size": 4,
     "algorithm.world_model_optimizer.learning_rate": 1e-3,
     "algorithm.actor_optimizer.learning_rate": 6e-4,
     "algorithm.critic_optimizer.learning_rate": 6e-4,
@@ -157,7 +156,8 @@ PRESETS = {
     "paper": Preset(TwisterConfig()),
     "cpu": Preset(
         TwisterConfig(
-            batch_size=8,
+            # Many small updates, a slow actor: the latent has to carry something before the policy settles.
+            batch_size=4,
             batch_length=32,
             imagination_horizon=10,
             # Crops as strong as the paper's take more updates to see through than such a run has.
@@ -174,7 +174,7 @@ PRESETS = {
             # Clipped this low, the large first gradients of the image loss do not slow Adam down for the next
             # thousand updates, which is half of such a run.
             world_model_optimizer=OptimizerConfig(6e-4, 1e-8, 10.0),
-            actor_optimizer=OptimizerConfig(2e-4, 1e-5, 100.0),
+            actor_optimizer=OptimizerConfig(1e-4, 1e-5, 100.0),
             critic_optimizer=OptimizerConfig(2e-4, 1e-5, 100.0),
         ),
         shared={
@@ -185,6 +185,7 @@ PRESETS = {
             "evaluation.num_envs": 10,
         },
         suites={
+            "atari": {"train.prefill_steps": 1_000},
             "catch": {"train.steps": 1_200} | _TINY,
             "ContinuousCatch": {"train.steps": 1_500},
             "remember": {"train.steps": 1_500} | _TINY,
