@@ -157,6 +157,7 @@ def train(arguments: list[str]) -> int:
     start_jax()
     import jax
 
+    from twister_jax.training.progress import outlook
     from twister_jax.training.train import train as run
     from twister_jax.training.train import train_seeds
 
@@ -167,6 +168,8 @@ def train(arguments: list[str]) -> int:
         for each in configs:
             say(f"{each.agent} on {each.game}, preset {each.preset}, seed {each.seed} → {each.logdir}")
         say(presets.differences_from_paper(configs[0]))
+        if line := outlook(configs[0]):
+            say(line)
     code = train_seeds(configs) if seeds is not None else run(configs[0], processes=others)
     if not others.first:
         return code

@@ -34,7 +34,7 @@ from twister_jax.replay import store
 from twister_jax.training import loop
 from twister_jax.training.checkpoint import Checkpointer, Snapshot
 from twister_jax.training.logs import Averages, Log, MetricsFile
-from twister_jax.training.progress import Progress, duration
+from twister_jax.training.progress import Progress, duration, outlook
 from twister_jax.training.run import DivergedError, Run
 from twister_jax.training.rundir import RunDirectory
 from twister_jax.training.signals import Signals
@@ -468,3 +468,18 @@ def test_tensorboard_that_cannot_be_written_is_given_up(tmp_path, capsys):
 @pytest.mark.parametrize(("seconds", "text"), [(7980, "2h13m"), (245, "4m05s"), (11.6, "12s"), (-1, "0s")])
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"game": "Breakout", "train.steps": 25_200}, "expect 25,200 steps to take 1h00m at 7 a second"),
+        ({"game": "Breakout", "algorithm.batch_size": 16}, ""),  # how long that takes was not measured
+        ({"game": "Catch"}, ""),
+        ({"game": "Breakout", "preset": "paper"}, ""),
+    ],
+)
+def test_who_starts_a_long_run_hears_what_to_expect(settings, says):
+    config = make_config(**{"preset": "cpu", "agent": "twister"} | settings)
+    assert outlook(config).startswith(says)
+    assert bool(outlook(config)) == bool(says)

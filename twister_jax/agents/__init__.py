@@ -26,6 +26,18 @@ DEFAULT_AGENT = "twister"
 
 
 @dataclasses.dataclass(frozen=True)
+class Outlook:
+    """What somebody who starts a run may expect of it: measured."""
+
+    steps_per_second: float
+    """Agent steps, of which each earns its updates."""
+    machine: str
+    """Where that was measured."""
+    learned: str
+    """What was learned by then."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Preset:
     """Sizes and schedule to start from."""
 
@@ -37,6 +49,8 @@ class Preset:
     """Settings of environments, by name; a suite that lacks one ignores it."""
     suites: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     """Suite, or game -> what the preset has otherwise there, by dotted name."""
+    outlook: Mapping[str, Outlook] = dataclasses.field(default_factory=dict)
+    """Suite -> what to expect, for presets that take hours."""
 
 
 @dataclasses.dataclass(frozen=True)

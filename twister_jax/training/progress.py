@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from twister_jax import agents, envs, fields, presets
+from twister_jax.config import Config
+
 if TYPE_CHECKING:
     from twister_jax.training.run import Run
 
@@ -112,6 +115,21 @@ def say(line: str) -> None:
     """Prints a line if that is possible: a full disk or a reader that went away is no reason to stop."""
     with contextlib.suppress(OSError, ValueError, AttributeError):  # full or gone; closed; None
         print(line, flush=True)
+
+
+def outlook(config: Config) -> str:
+    """One line for people: how long a run takes, and what it learns; nothing where that was not measured."""
+    suite, _ = envs.resolve(config.game)
+    measured = agents.package(config.agent).presets[config.preset].outlook.get(suite.name)
+    usual = presets.make_config(config.agent, config.preset, config.game)
+    pace = ("algorithm", "train.updates_per_step", "env.num_envs")
+    if measured is None or any(name.startswith(pace) for name in fields.differences(config, usual)):
+        return ""
+    took = duration(config.train.steps / measured.steps_per_second)
+    return (
+        f"expect {config.train.steps:,} steps to take {took} "
+        f"at {measured.steps_per_second:g} a second, as on {measured.machine}; {measured.learned}"
+    )
 
 
 def duration(seconds: float) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Annotated
 
-from twister_jax.agents import Preset
+from twister_jax.agents import Outlook, Preset
 from twister_jax.config import AlgorithmConfig, Config, OptimizerConfig, too_few_steps, too_many_steps
 from twister_jax.fields import (
     MOST_WIDE,
@@ -189,6 +189,13 @@ PRESETS = {
             "catch": {"train.steps": 1_200} | _TINY,
             "ContinuousCatch": {"train.steps": 1_500},
             "remember": {"train.steps": 1_500} | _TINY,
+        },
+        outlook={
+            "atari": Outlook(
+                7.0,
+                "a core of an AMD EPYC",
+                "20,000 (train.steps) were enough to play Krull better than people do",
+            )
         },
     ),
     "debug": Preset(
