@@ -46,6 +46,10 @@ def measure(options: Options, config: Config) -> int:
     """Section by section, in the order of `SECTIONS`."""
     from twister_jax import runtime
 
+    if options.targets:
+        from benchmarks import absent
+
+        absent.prepare()
     runtime.start_jax()
 
     from benchmarks import machine
@@ -71,7 +75,8 @@ def measure(options: Options, config: Config) -> int:
                 importlib.import_module(f"benchmarks.{name}").run(bench)
             except Exception as error:
                 # Where time on a machine is short, the sections that work are worth more than a traceback.
-                report.fail(name, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+                said = " ".join(str(error).split())[:300]
+                report.fail(name, said if isinstance(error, UserError) else f"{type(error).__name__}: {said}")
                 logging.getLogger(__name__).debug("section %s", name, exc_info=True)
                 bench.forget()
         report.write()

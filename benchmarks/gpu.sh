@@ -56,7 +56,7 @@ bench() {
 share() { echo $((MINUTES * 60 * $1 / 100)); }
 
 # What matters most comes first.
-bench bfloat16 "$(share 35)" --precision bfloat16 --only peak update launches breakdown acting loop --profile "$scratch/profile"
+bench bfloat16 "$(share 35)" --precision bfloat16 --only peak update compile breakdown acting loop --profile "$scratch/profile"
 find "$scratch/profile" -name '*.trace.json.gz' -size -15M -exec cp {} "$OUT/trace.json.gz" \; 2>/dev/null
 bench growth "$(share 20)" --precision bfloat16 --only growth
 bench float32 "$(share 15)" --precision float32 --only peak update breakdown

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from benchmarks import targets
 from twister_jax import agents, cli, envs, presets
 from twister_jax.config import Config
 from twister_jax.errors import UserError
@@ -16,7 +17,7 @@ from twister_jax.fields import did_you_mean, replace
 SECTIONS = (
     "peak",
     "update",
-    "launches",
+    "compile",
     "breakdown",
     "convolutions",
     "checkpoints",
@@ -24,7 +25,7 @@ SECTIONS = (
     "loop",
     "growth",
 )
-DEFAULT_SECTIONS = tuple(name for name in SECTIONS if name not in ("launches", "growth"))
+DEFAULT_SECTIONS = tuple(name for name in SECTIONS if name not in ("compile", "growth"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,9 @@ class Options:
     minutes: float
     """After this many no new measurement begins."""
     loop_steps: int
+    targets: tuple[str, ...]
+    """Machines that `compile` compiles for."""
+    envs: int | None
     sizes: dict[str, int]
     """Fields of the agent's own settings that were given other values."""
     json: Path | None
@@ -67,14 +71,18 @@ def parse(arguments: Sequence[str]) -> Options:
             parser.error(f"unknown section {name!r}{near}; one of {', '.join(SECTIONS)}")
     if given.all and given.only:
         parser.error("--all and --only exclude each other")
+    sections = SECTIONS if given.all else tuple(given.only or DEFAULT_SECTIONS)
     for flag in ("repeats", "budget", "minutes", "loop_steps"):
         if not getattr(given, flag) > 0:
             parser.error(f"--{flag.replace('_', '-')} = {getattr(given, flag)}: must be above 0")
+    for name in given.target:
+        targets.parse(name)
+    if given.target and "compile" not in sections:
+        parser.error("--target is of the section compile: add --only compile")
     if given.json is not None and not _may_be_written(given.json):
         parser.error(f"--json {given.json}: not a regular file, or in no existing directory")
     if given.profile is not None and given.profile.exists() and not given.profile.is_dir():
         parser.error(f"--profile {given.profile}: not a directory")
-    sections = SECTIONS if given.all else tuple(given.only or DEFAULT_SECTIONS)
     sizes = {
         "batch_size": given.batch_size,
         "batch_length": given.batch_length,
@@ -91,6 +99,8 @@ def parse(arguments: Sequence[str]) -> Options:
         budget=given.budget,
         minutes=given.minutes,
         loop_steps=given.loop_steps,
+        targets=tuple(given.target),
+        envs=given.envs,
         sizes={name: size for name, size in sizes.items() if size is not None},
         json=given.json,
         profile=given.profile,
@@ -126,10 +136,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--precision", default="auto", help="of matrix products: float32, bfloat16 or auto")
     add("--game", default=envs.DEFAULT_GAME, help="what is played (default %(default)s)")
     add("--only", nargs="+", metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
-    add("--all", action="store_true", help="all sections; without it all but launches and growth")
+    add("--all", action="store_true", help="all sections; without it all but compile and growth")
     add("--batch-size", type=int, help="windows of an update, in place of the preset's")
     add("--batch-length", type=int, help="steps of a window, in place of the preset's")
     add("--horizon", type=int, help="imagined steps, in place of the preset's")
+    add("--envs", type=int, help="environments, each with its stream of replay, in place of the preset's")
+    add(
+        "--target",
+        nargs="+",
+        default=[],
+        metavar="MACHINE",
+        help="what compile compiles for, there or not: v5e, v5e:2x4, v6e:2x2, v5p:2x2x1, H100, H200:8, ...",
+    )
     add("--repeats", type=int, default=10, help="samples to a median (default 10; of loop 8, 16, ...)")
     add("--quick", action="store_true", help="three short samples, few sizes: does it run at all?")
     add("--budget", type=float, default=60.0, help="seconds one measurement may take (default 60)")
@@ -147,8 +165,12 @@ def make_config(options: Options) -> Config:
       UserError: what cannot work, in the words of the training command.
     """
     agents.package(options.agent)  # refuses an unknown one before JAX starts
-    preset = cli.automatic_preset() if options.preset == presets.AUTO else options.preset
+    preset = options.preset
+    if preset == presets.AUTO:  # machines that are compiled for are accelerators
+        preset = "paper" if options.targets else cli.automatic_preset()
     config = presets.make_config(options.agent, preset, options.game, precision=options.precision)
+    if options.envs is not None:
+        config = replace(config, {"env.num_envs": options.envs})
     config = resized(config, options.sizes)
     presets.validate(config)
     return config

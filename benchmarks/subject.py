@@ -50,9 +50,10 @@ def make_shapes(config: Config) -> Subject:
     """What `make_subject` makes, with shapes in place of arrays; computes nothing."""
     spec = make_spec(config)
     agent = make_agent(config, spec)
-    steps = replay_steps(config, agent)
+    streams = config.env.num_envs
+    steps = max(math.ceil(replay_steps(config, agent) / streams), agent.min_replay_steps)
     state, replay = jax.eval_shape(
-        lambda key: (agent.init(key), store.init(1, steps, spec.image_shape, spec.num_actions)),
+        lambda key: (agent.init(key), store.init(streams, steps, spec.image_shape, spec.num_actions)),
         key_for(config.seed, Purpose.INIT),
     )
     return Subject(config, spec, agent, state, replay)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from benchmarks import breakdown, convolutions, launches, loop, machine, operations, programs, update
+from benchmarks import breakdown, convolutions, loop, machine, operations, programs, update
 from benchmarks.__main__ import main
 from benchmarks.breakdown import Span
 from benchmarks.convolutions import Convolution
@@ -118,89 +118,6 @@ def test_every_section_runs_for_every_agent(agent, tmp_path, own_cache):
     assert took["world_model"] > took["other"]  # the parts are found
     unmeasured = [row["name"] for row in found["rows"] if row["section"] == "growth" and row["value"] is None]
     assert not unmeasured
-
-
-GPU_PROGRAM = """HloModule jit_update, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
-
-%fused_add (param_0: f32[8]) -> f32[8] {
-  ROOT %add.0 = f32[8]{0} add(%param_0, %param_0)
-}
-
-%body (carry: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %carry = (s32[], f32[8]{0}) parameter(0)
-  %x = f32[8]{0} get-tuple-element(%carry), index=1
-  %product = (f32[8]{0}, s8[64]{0}) custom-call(%x, %x), custom_call_target="__cublas$lt$matmul"
-  %more = (f32[8]{0}, /*index=1*/s32[]) fusion(%x), kind=kInput, calls=%fused_add
-  %inner = (s32[], f32[8]{0}) while(%carry), condition=%go_on, body=%inner_body, backend_config={"known_trip_count":{"n":"3"}}
-  ROOT %out = (s32[], f32[8]{0}) tuple(%i, %x)
-}
-
-%inner_body (carry: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %softmax = f32[8]{0} fusion(%x), kind=kCustom, calls=%f, backend_config={"fusion_backend_config":{"kind":"__triton"}}
-}
-
-%called (x: f32[8]) -> f32[8] {
-  ROOT %copy.1 = f32[8]{0} copy(%x)
-}
-
-%nothing (x: f32[8]) -> f32[8] {
-  ROOT %x = f32[8]{0} parameter(0)
-}
-
-ENTRY %main (Arg_0: f32[8]) -> f32[8] {
-  %Arg_0 = f32[8]{0} parameter(0)
-  %constant.1 = s32[] constant(5)
-  %loop = (s32[], f32[8]{0}) while(%start), condition=%go_on, body=%body, backend_config={"known_trip_count":{"n":"5"}}
-  %later-start = ((f32[8]{0}), f32[8]{0}) fusion-start(%Arg_0), kind=kLoop, calls=%fused_add
-  %later-done = f32[8]{0} fusion-done(%later-start)
-  %call.1 = f32[8]{0} call(%Arg_0), to_apply=%called
-  %either = f32[8]{0} conditional(%constant.1, %Arg_0, %Arg_0), branch_computations={%called, %nothing}
-  %sort-start = ((f32[8]{0}), f32[8]{0}) custom-call-start(%Arg_0), custom_call_target="cub_sort"
-  %sort-done = f32[8]{0} custom-call-done(%sort-start)
-  %here = u32[] partition-id()
-  ROOT %last = f32[8]{0} fusion(%Arg_0), kind=kLoop, calls=%fused_add
-}
-"""  # noqa: E501
-
-
-def test_kernels_are_counted_as_often_as_their_loops_go_round():
-    counted = launches.count(GPU_PROGRAM)
-    found = {each.name: (each.kind, each.times, each.loop) for each in counted}
-    assert len(counted) == len(found) + 1  # what is called is called from two places
-    assert found == {
-        "sort-start": ("call cub_sort", 1, ""),
-        "product": ("call __cublas$lt$matmul", 5, "loop"),
-        "more": ("fusion kInput", 5, "loop"),
-        "softmax": ("fusion triton", 15, "inner"),
-        "later-start": ("fusion kLoop", 1, ""),
-        "copy.1": ("copy", 1, ""),
-        "last": ("fusion kLoop", 1, ""),
-    }
-
-
-@pytest.mark.parametrize(
-    ("program", "message"),
-    [
-        ("HloModule of another format", "no computation ''"),
-        (GPU_PROGRAM.replace('"known_trip_count":{"n":"5"}', ""), "how often loop goes round"),
-        (GPU_PROGRAM.replace("%called (x", "%lost (x"), "no computation 'called'"),
-    ],
-)
-def test_what_cannot_be_counted_is_not_counted_as_nothing(program, message):
-    with pytest.raises(ValueError, match=message):
-        launches.count(program)
-
-
-def test_where_no_gpu_program_can_be_made_the_table_says_so(tmp_path, own_cache, monkeypatch):
-    def no_cuda(*args, **kwargs):
-        raise NotImplementedError("topology not implemented for cuda")
-
-    monkeypatch.setattr(launches.topologies, "get_topology_desc", no_cuda)
-    path = tmp_path / "out.json"
-    assert main(["--preset", "debug", "--only", "launches", "--json", str(path)]) == 0
-    (row,) = json.loads(path.read_text())["rows"]
-    assert row["value"] is None
-    assert "not implemented for cuda" in row["note"]
 
 
 @pytest.mark.parametrize("ratio", [0.5, 1.0, 1.3])

@@ -9,7 +9,7 @@ computes, up to rounding. Along the axis `seed` lie runs that know nothing of on
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -69,18 +69,25 @@ class Devices:
     split_streams: bool
 
     @classmethod
-    def choose(cls, count: int, num_envs: int, sizes: Mapping[str, int] | None = None) -> "Devices":
+    def choose(
+        cls,
+        count: int,
+        num_envs: int,
+        sizes: Mapping[str, int] | None = None,
+        available: Sequence[Any] | None = None,
+    ) -> "Devices":
         """The first `count` devices.
 
         Args:
           count: how many.
           num_envs: environments, each with a stream of the replay.
           sizes: settings that the devices share among them, by name.
+          available: devices to choose from; those of this machine by default.
 
         Raises:
           UserError: there are fewer devices, or they cannot share evenly.
         """
-        available = jax.devices()
+        available = jax.devices() if available is None else available
         if count > len(available):
             more = (
                 f"; XLA_FLAGS=--xla_force_host_platform_device_count={count} makes virtual ones"
