@@ -38,6 +38,8 @@ class Observation(NamedTuple):
 
     image: UInt8[Array, "env height width channel"]
     is_first: Bool[Array, " env"]
+    reward: Float[Array, " env"] | None = None
+    """The game's, which came with the image; only for agents that read it."""
 
 
 # ------------------------------------------------------------------------------------ what agents share
@@ -222,6 +224,7 @@ class Agent(Learner):
       headline: the metric that the progress line shows.
       pretraining: phases between prefill and the loop, in order; empty for most agents.
       dream: its world model step by step; None for agents without one, which cannot be looked into.
+      reads_reward: whether acting reads rewards; otherwise observations have none.
     """
 
     init: Callable[[PRNGKeyArray], State]
@@ -240,3 +243,4 @@ class Agent(Learner):
     pretraining: tuple[Pretraining, ...] = ()
     dream: Dream | None = None
     took: Callable[[Carry, Float[Array, "env action"]], Carry] = lambda carry, action: carry
+    reads_reward: bool = False

@@ -64,7 +64,7 @@ def play(
     signals = signals or Signals()
     step = env.reset()
     on_step(None, step)
-    observation = observe(step)
+    observation = observe(agent, step)
     carry = jax.jit(lambda state: agent.init_carry(state, env.num_envs))(state)
     traced = jax.jit(agent.act_evaluate).trace(state, carry, observation, key_for(seed, Purpose.EVALUATE))
     act = Programs({"act": traced}, signals)["act"]
@@ -77,7 +77,7 @@ def play(
         vectors = np.asarray(action)
         step = env.step(env.spec.to_env(vectors))
         on_step(vectors, step)
-        observation = observe(step)
+        observation = observe(agent, step)
         for episode in step.episodes:
             played[episode.env].append(episode)
             if len(played[episode.env]) == games[episode.env]:

@@ -280,6 +280,8 @@ class Group:
                 step.terminal,
             )
             shown.is_first[at] = step.is_first
+            if shown.reward is not None:
+                shown.reward[at] = step.reward
             member.count(step)
             if member in filling and not member.filling:
                 member.counters.filled_at = member.counters.env_steps

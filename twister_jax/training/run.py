@@ -210,7 +210,7 @@ class Run:
     def store(self, action: Any, step: EnvStep) -> None:
         """Puts a step into the replay, and what it shows before the actor."""
         self.stored += 1
-        observation = observe(step, self.devices)  # the frames travel once
+        observation = observe(self.agent, step, self.devices)  # the frames travel once
         outcome = (step.reward, step.terminal)
         reward, terminal = self.devices.put(outcome, self.devices.by_env(outcome))
         transition = Transition(observation.image, action, reward, terminal, observation.is_first)

@@ -46,7 +46,7 @@ class RunState:
         # What one program returns lies in buffers of its own, so that updates can reuse them.
         made = devices.jit(make, (lies.agent, lies.carry, lies.action))(key_for(seed, Purpose.INIT))
         state, carry, action = made
-        return cls(agent=state, carry=carry, observation=observe(step, devices), action=action)
+        return cls(agent=state, carry=carry, observation=observe(agent, step, devices), action=action)
 
     def shardings(self, devices: Devices) -> "RunState":
         """Where its arrays lie: the agent on every device, the rest with its environments."""
@@ -64,7 +64,9 @@ class RunState:
         def make(key):
             state = agent.init(key)
             observation = Observation(
-                image=jnp.zeros((num_envs, *spec.image_shape), jnp.uint8), is_first=jnp.zeros(num_envs, bool)
+                image=jnp.zeros((num_envs, *spec.image_shape), jnp.uint8),
+                is_first=jnp.zeros(num_envs, bool),
+                reward=jnp.zeros(num_envs) if agent.reads_reward else None,
             )
             action = jnp.zeros((num_envs, spec.num_actions))
             return cls(state, agent.init_carry(state, num_envs), observation, action)
@@ -72,11 +74,11 @@ class RunState:
         return jax.eval_shape(make, key_for(0, Purpose.INIT))
 
 
-def observe(step: EnvStep, devices: Devices | None = None) -> Observation:
+def observe(agent: Agent, step: EnvStep, devices: Devices | None = None) -> Observation:
     """What acting sees of a step, copied to the devices, by default to one."""
+    seen = (step.image, step.is_first, *((step.reward,) if agent.reads_reward else ()))
     if devices is None:
-        return Observation(jnp.array(step.image), jnp.array(step.is_first))
-    seen = (step.image, step.is_first)
+        return Observation(*map(jnp.array, seen))
     return Observation(*devices.put(seen, devices.by_env(seen)))
 
 

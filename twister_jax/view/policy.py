@@ -57,7 +57,9 @@ class Policy:
         """The memory of a policy, for one environment or for many, in front of its first image."""
         return Memory(None, 0, 0)
 
-    def act(self, carry: Memory, image: np.ndarray, is_first: Any = None) -> tuple[Any, Memory]:
+    def act(
+        self, carry: Memory, image: np.ndarray, is_first: Any = None, reward: Any = None
+    ) -> tuple[Any, Memory]:
         """Chooses an action as the evaluation protocol does.
 
         Args:
@@ -65,6 +67,7 @@ class Policy:
           image: one image, or a batch of as many environments as in the call before; uint8 as `spec` says.
           is_first: which images begin an episode (a bool, or one for each environment). By default those
             of the first call, and no others.
+          reward: of the game, that came with each image; only for agents with `reads_reward`.
 
         Returns:
           An action as the environment takes it, and what to carry on: an index, or values [action] in
@@ -73,7 +76,7 @@ class Policy:
 
         Raises:
           UserError: the image is not of the shape or type that the policy was trained on, or the batch is
-            not as large as before.
+            not as large as before, or a reward is missing.
         """
         image = np.asarray(image)
         shape = self.spec.image_shape
@@ -90,6 +93,11 @@ class Policy:
         known = carry.carry if carry.envs else self._init_carry(len(images))
         first = np.broadcast_to(np.asarray(not carry.envs if is_first is None else is_first), len(images))
         observation = Observation(jnp.asarray(images), jnp.asarray(first, bool))
+        if self.agent.reads_reward:
+            if reward is None and not first.all():
+                raise UserError("this policy reads rewards too: act(carry, image, reward=...)")
+            rewards = np.broadcast_to(np.asarray(0.0 if reward is None else reward, np.float32), len(images))
+            observation = observation._replace(reward=jnp.asarray(rewards))
         key = key_for(self.config.seed, Purpose.EVALUATE, carry.steps)
         vectors, known = self._act(self.state, known, observation, key)
         actions = self.spec.to_env(np.asarray(vectors))

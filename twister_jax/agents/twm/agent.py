@@ -15,17 +15,22 @@ from twister_jax.agents.open_loop import open_loop_picture
 from twister_jax.agents.twm import pretraining
 from twister_jax.agents.twm import windows as replay_windows
 from twister_jax.agents.twm.behavior import (
+    Behavior,
     CriticOutput,
+    FramesMlp,
     StartStates,
     Trajectory,
+    View,
     actor_loss,
     behavior_network,
     critic_loss,
     imagine,
+    make_view,
 )
 from twister_jax.agents.twm.config import TwmConfig
 from twister_jax.agents.twm.dream import make_dream
 from twister_jax.agents.twm.dynamics import Dynamics
+from twister_jax.agents.twm.history import History, TwmCarry, took
 from twister_jax.agents.twm.mlp import Mlp
 from twister_jax.agents.twm.observation import ObservationModel, flat, push_frame, to_float
 from twister_jax.agents.twm.windows import Windows
@@ -48,13 +53,6 @@ class TwmState:
     health: Health
 
 
-@struct.dataclass
-class TwmCarry:
-    """What acting remembers of each environment: the newest frames, oldest first."""
-
-    frames: UInt8[Array, "env height width stack"]
-
-
 class TwmBatch(NamedTuple):
     """What an update reads of the replay."""
 
@@ -64,15 +62,6 @@ class TwmBatch(NamedTuple):
     """Observations from all over the replay, to go on from where an imagined rollout ends."""
     visits: Float[Array, ""]
     """How often a step that the replay holds was drawn, on average."""
-
-
-class Behavior(NamedTuple):
-    """Gradients and losses of critic and actor, and what they learned from."""
-
-    gradients: dict[str, Params]
-    losses: dict[str, Losses]
-    critic: CriticOutput
-    entropy: Float[Array, ""]
 
 
 class Twm:
@@ -97,8 +86,8 @@ class Twm:
             {
                 "observation": partial(ObservationModel, model, dtype=dtype),
                 "dynamics": partial(Dynamics, model, actions, config.discount, dtype=dtype),
-                "critic": partial(behavior_network, model.latent_size, model.critic, 1, dtype=dtype),
-                "actor": partial(behavior_network, model.latent_size, model.actor, actions, dtype=dtype),
+                "critic": partial(behavior_network, model, model.critic, 1, dtype=dtype),
+                "actor": partial(behavior_network, model, model.actor, actions, dtype=dtype),
             }
         )
         losses = {**loss_scales(config), "critic": ("critic",), "actor": ("actor",)}
@@ -114,7 +103,9 @@ class Twm:
     def init_carry(self, state: TwmState, num_envs: int) -> TwmCarry:
         """Black frames, which the first reset replaces."""
         shape = (num_envs, *self.spec.image_shape[:2], self.stack)
-        return TwmCarry(jnp.zeros(shape, jnp.uint8))
+        model, actions = self.config.model, self.spec.num_actions
+        history = History.empty(model, num_envs, actions) if model.policy_reads == "state" else None
+        return TwmCarry(jnp.zeros(shape, jnp.uint8), history)
 
     def act(
         self,
@@ -125,12 +116,22 @@ class Twm:
         *,
         sample_actions: bool = True,
     ) -> tuple[Float[Array, "env action"], TwmCarry]:
-        """The policy in the most likely latent of the newest frames; no transformer is involved."""
-        params = state.trained.params
+        """The policy in the most likely latent of the newest frames; no transformer, but where it reads h."""
+        params, history, hidden = state.trained.params, carry.history, None
         frames = push_frame(carry.frames, observation.image, observation.is_first)
-        latent = self.observation(params["observation"]).encoder(to_float(frames)).mode()
-        policy = OneHot.of(self.actor(params["actor"])(flat(latent)))
-        return policy.draw(key) if sample_actions else policy.mode(), TwmCarry(frames)
+        if history is not None:
+            history = history.answered(observation)
+            hidden = history.hidden(self.dynamics(params["dynamics"]))
+        latent = flat(self.observation(params["observation"]).encoder(to_float(frames)).mode())
+        reads_frames = self.config.model.policy_reads == "frames"  # and then the latent is for nobody
+        seen = to_float(frames) if reads_frames else self.view(params)(latent, hidden)
+        policy = OneHot.of(self.actor(params["actor"])(seen))
+        action = policy.draw(key) if sample_actions else policy.mode()
+        return action, TwmCarry(frames, history and history.after(latent, action))
+
+    def view(self, params: dict[str, Params]) -> View:
+        """What policy and value read of z, and of h of the step before."""
+        return make_view(self.config.model.policy_reads, self.observation(params["observation"]).decoder)
 
     # ------------------------------------------------------------------------------------------ learning
 
@@ -210,7 +211,7 @@ class Twm:
     ) -> tuple[Trajectory, Float[Array, "rollout H_plus_1 hidden"]]:
         """Rollouts under the policy, and their hidden states; see `behavior.imagine`."""
         dynamics, actor = self.dynamics(params["dynamics"]), self.actor(params["actor"])
-        return imagine(dynamics, actor, start, restarts, noise, sampler, self.config)
+        return imagine(dynamics, actor, start, restarts, noise, sampler, self.config, self.view(params))
 
     def behavior_gradients(self, params: dict[str, Params], trajectory: Trajectory) -> Behavior:
         """Gradients of critic (eq. 7) and actor (eq. 6), whose advantages are those of the critic's pass."""
@@ -302,11 +303,12 @@ class Twm:
         config, params = self.config, state.trained.params
         posterior = self.observation(params["observation"]).encoder(to_float(windows.frames))
         latent = flat(posterior.draw(key))
-        trajectory = pretraining.replayed_trajectory(latent, windows, config)
+        dynamics = self.dynamics(params["dynamics"])
+        trajectory = pretraining.replayed_trajectory(dynamics, latent, windows, config)
         critic_gradient, critic, _ = self.critic_gradient(params["critic"], trajectory)
 
         def loss(params: Params):
-            return pretraining.actor_loss(self.actor(params), latent, config)
+            return pretraining.actor_loss(self.actor(params), trajectory.seen, config)
 
         actor, actor_gradient = jax.value_and_grad(loss)(params["actor"])
         gradients = {"critic": critic_gradient, "actor": actor_gradient}
@@ -333,11 +335,11 @@ class Twm:
         """The dynamics model with these parameters."""
         return self.networks.merge("dynamics", params)
 
-    def critic(self, params: Params) -> Mlp:
+    def critic(self, params: Params) -> Mlp | FramesMlp:
         """The critic with these parameters."""
         return self.networks.merge("critic", params)
 
-    def actor(self, params: Params) -> Mlp:
+    def actor(self, params: Params) -> Mlp | FramesMlp:
         """The actor with these parameters."""
         return self.networks.merge("actor", params)
 
@@ -361,7 +363,7 @@ def make_agent(config: Config, spec: EnvSpec) -> Agent:
     twm = Twm(algorithm, spec, compute_dtype(config.precision))
     samples = algorithm.batch_size * algorithm.batch_length
     windows = partial(twm.sample_windows, algorithm.batch_size, algorithm.batch_length + 2)
-    rollouts = partial(twm.sample_windows, algorithm.imagination_batch, algorithm.imagination_horizon + 1)
+    rollouts = partial(twm.sample_windows, algorithm.imagination_batch, algorithm.behavior_window)
     rollout_samples = algorithm.imagination_batch * algorithm.imagination_horizon
     phases = (
         ("observation", algorithm.pretrain_observation_samples, samples, twm.sample_frames),
@@ -386,6 +388,8 @@ def make_agent(config: Config, spec: EnvSpec) -> Agent:
         tokens_per_update=samples,
         headline="losses/decoder",
         dream=make_dream(twm),
+        took=took,
+        reads_reward=algorithm.model.policy_reads == "state",
         pretraining=tuple(
             Pretraining(sample, getattr(twm, f"pretrain_{name}"), name, -(-budget // per_update))
             for name, budget, per_update, sample in phases

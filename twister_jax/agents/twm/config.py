@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Literal
 
 from twister_jax.agents import Preset
 from twister_jax.config import AlgorithmConfig, Config, OptimizerConfig, too_few_steps, too_many_steps
@@ -18,6 +19,8 @@ from twister_jax.fields import (
     SizeFromTwo,
     Widths,
 )
+
+PolicyInput = Literal["latent", "state", "frames"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +58,13 @@ class TwmModelConfig:
     discount_head: Widths = (256, 256, 256, 256)
     """Hidden widths of the head that predicts the discount."""
     actor: Widths = (512, 512, 512, 512)
-    """Hidden widths of the policy, which reads the latent alone."""
+    """Hidden widths of the policy."""
     critic: Widths = (512, 512, 512, 512)
-    """Hidden widths of the value, which reads the latent alone."""
+    """Hidden widths of the value."""
+    policy_reads: PolicyInput = "latent"
+    """What policy and value read: the latent z; the state (z, h), where h is what the transformer made of the
+    steps before; or frames, by convolutions of their own: real ones in the environment, decoded ones in
+    imagination."""
 
     @property
     def latent_size(self) -> int:
@@ -131,6 +138,11 @@ class TwmConfig(AlgorithmConfig):
         return self.imagination_horizon * self.restart_frames
 
     @property
+    def behavior_window(self) -> int:
+        """Observations of a replayed rollout; where the policy reads h, one of context comes before it."""
+        return self.imagination_horizon + 1 + (self.model.policy_reads == "state")
+
+    @property
     def min_replay_steps(self) -> int:
         """Stored steps of a stream that always hold enough observations for every draw without replacement.
 
@@ -140,7 +152,7 @@ class TwmConfig(AlgorithmConfig):
         if self.pretrain_observation_samples:
             observations.append(self.batch_size * self.batch_length)
         if self.pretrain_behavior_samples:
-            observations.append(self.imagination_batch + self.imagination_horizon)
+            observations.append(self.imagination_batch + self.behavior_window - 1)
         return 2 * max(observations) + 2
 
     def problems(self, config: Config) -> Iterator[str]:

@@ -9,6 +9,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from twister_jax.agents.base import Dream, Glimpse
+from twister_jax.agents.twm.behavior import without_ended
 from twister_jax.agents.twm.dynamics import TOKENS_PER_STEP, Memory
 from twister_jax.agents.twm.observation import flat, push_frame, to_float
 from twister_jax.nn.distributions import OneHot
@@ -36,23 +37,28 @@ class TwmMind:
     memory: Memory
     episode: Int[Array, "env step"]
     """Of each step in the memory, the next one included; no two episodes see one another."""
+    hidden: Float[Array, "env hidden"] | None
+    """What the transformer made of the step before, where the policy reads it."""
 
 
 def make_dream(twm: "Twm") -> Dream:
     """See `Dream`."""
     # As many steps as attention reaches back, and the one being written.
-    steps = twm.config.model.memory_steps + 2
+    model = twm.config.model
+    steps = model.memory_steps + 2
+    reads_state = model.policy_reads == "state"
 
     def begin(state: "TwmState", num_envs: int) -> TwmMind:
         nothing = jnp.zeros(num_envs)
         return TwmMind(
-            latent=jnp.zeros((num_envs, twm.config.model.latent_size)),
+            latent=jnp.zeros((num_envs, model.latent_size)),
             frames=twm.init_carry(state, num_envs).frames,
             reward=nothing,
             predicted_reward=nothing,
             continues=jnp.ones(num_envs),
             memory=twm.dynamics(state.trained.params["dynamics"]).empty_memory(num_envs, steps),
             episode=jnp.full((num_envs, steps), -1, jnp.int32),
+            hidden=jnp.zeros((num_envs, model.hidden_size)) if reads_state else None,
         )
 
     def proceed(
@@ -75,6 +81,7 @@ def make_dream(twm: "Twm") -> Dream:
             continues=continues,
             memory=jax.tree.map(lambda rows: jnp.roll(rows, -TOKENS_PER_STEP, axis=2), memory),
             episode=jnp.concatenate([mind.episode[:, 1:], mind.episode[:, -1:]], axis=1),
+            hidden=hidden.astype(jnp.float32) if reads_state else None,
         )
 
     def observe(state: "TwmState", mind: TwmMind, step: Transition, key: PRNGKeyArray) -> TwmMind:
@@ -88,6 +95,7 @@ def make_dream(twm: "Twm") -> Dream:
             frames=frames,
             reward=learned_reward(step.reward),
             episode=foreseen.episode.at[:, -1].add(step.is_first),
+            hidden=None if foreseen.hidden is None else without_ended(foreseen.hidden, step.is_first),
         )
 
     def look(state: "TwmState", mind: TwmMind) -> Glimpse:
@@ -96,11 +104,13 @@ def make_dream(twm: "Twm") -> Dream:
             image=twm.observation(params["observation"]).decoder(mind.latent)[..., -1:],
             reward=mind.predicted_reward,
             continues=mind.continues,
-            value=twm.critic(params["critic"])(mind.latent)[..., 0],
+            value=twm.critic(params["critic"])(twm.view(params)(mind.latent, mind.hidden))[..., 0],
         )
 
     def policy(state: "TwmState", mind: TwmMind, key: PRNGKeyArray) -> Float[Array, "env action"]:
-        return OneHot.of(twm.actor(state.trained.params["actor"])(mind.latent)).draw(key)
+        params = state.trained.params
+        seen = twm.view(params)(mind.latent, mind.hidden)
+        return OneHot.of(twm.actor(params["actor"])(seen)).draw(key)
 
     def learned_reward(reward: Array) -> Array:
         return jnp.tanh(reward)

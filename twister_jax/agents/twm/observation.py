@@ -39,26 +39,40 @@ def push_frame(
     return jnp.where(is_first[:, None, None, None], jnp.broadcast_to(newest, frames.shape), shifted)
 
 
-class Encoder(nnx.Module):
-    """Four convolutions, kernel 4 and stride 2 without padding, and an MLP to the latent's logits."""
+class Convolutions(nnx.Module):
+    """Four convolutions of frames, kernel 4 and stride 2 without padding, to features as one vector."""
 
     def __init__(self, config: TwmModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.dtype = dtype
-        self.latent = (config.stoch_groups, config.stoch_classes)
         widths = [config.frame_stack] + [config.cnn_channels * 2**i for i in range(4)]
         shapes = [(4, 4, a, b) for a, b in pairwise(widths)]
         self.kernels = nnx.List([nnx.Param(he_uniform(rngs.params(), shape)) for shape in shapes])
         self.biases = nnx.List([nnx.Param(jnp.zeros(width)) for width in widths[1:]])
-        self.mlp = Mlp(
-            [widths[-1] * _CONVOLVED**2, *config.encoder_hidden, config.latent_size], dtype=dtype, rngs=rngs
-        )
 
-    def __call__(self, frames: Float[Array, "*batch height width stack"]) -> OneHot:
-        """Posterior of z, [*batch, group, class], of observations in [0, 1]."""
+    @property
+    def features(self) -> int:
+        """Width of the vector."""
+        return self.biases[-1][...].shape[0] * _CONVOLVED**2
+
+    def convolve(self, frames: Float[Array, "*batch height width stack"]) -> Float[Array, "flat features"]:
+        """Features of observations in [0, 1]."""
         x = frames.reshape(-1, *frames.shape[-3:]).astype(self.dtype)
         for kernel, bias in zip(self.kernels, self.biases, strict=True):
             x = conv2d(x, kernel[...].astype(self.dtype), stride=2, padding=0, epilogue=bias_silu(bias[...]))
-        logits = self.mlp(x.reshape(x.shape[0], -1))
+        return x.reshape(x.shape[0], -1)
+
+
+class Encoder(Convolutions):
+    """Convolutions, and an MLP to the latent's logits."""
+
+    def __init__(self, config: TwmModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        super().__init__(config, dtype=dtype, rngs=rngs)
+        self.latent = (config.stoch_groups, config.stoch_classes)
+        self.mlp = Mlp([self.features, *config.encoder_hidden, config.latent_size], dtype=dtype, rngs=rngs)
+
+    def __call__(self, frames: Float[Array, "*batch height width stack"]) -> OneHot:
+        """Posterior of z, [*batch, group, class], of observations in [0, 1]."""
+        logits = self.mlp(self.convolve(frames))
         return OneHot.of(logits.reshape(*frames.shape[:-3], *self.latent))
 
 

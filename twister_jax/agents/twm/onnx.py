@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from twister_jax.agents.base import State
 from twister_jax.agents.twm.config import TwmConfig
 from twister_jax.envs.base import IMAGE_SIZE, EnvSpec
+from twister_jax.errors import UserError
 
 OPSET = 17
 
@@ -55,7 +56,14 @@ def policy_as_onnx(
     The model takes `frames`, uint8 [n, 64, 64, stack], the newest frames of n environments, oldest first and
     the first of an episode repeated. It gives `probabilities` [n, num_actions], and `action` [n], the most
     probable one. `about` becomes the metadata `twister_jax`, as JSON.
+
+    Raises:
+      UserError: the policy reads something else than the latent.
     """
+    if config.model.policy_reads != "latent":
+        raise UserError(
+            f"a policy that reads the {config.model.policy_reads} is not written as ONNX: export .safetensors"
+        )
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), state.trained.params)
     encoder, model = params["observation"]["encoder"], config.model
     graph = _Graph()

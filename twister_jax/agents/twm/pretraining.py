@@ -5,11 +5,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from twister_jax.agents.base import Losses, Metrics, weighted_sum
-from twister_jax.agents.twm.behavior import Trajectory, normalized_policy_entropy
+from twister_jax.agents.twm.behavior import (
+    Network,
+    Trajectory,
+    latent_and_hidden,
+    normalized_policy_entropy,
+    without_ended,
+)
 from twister_jax.agents.twm.config import TwmConfig
 from twister_jax.agents.twm.dynamics import Dynamics
-from twister_jax.agents.twm.mlp import Mlp
-from twister_jax.agents.twm.observation import ObservationModel, flat, observation_losses
+from twister_jax.agents.twm.observation import ObservationModel, flat, observation_losses, to_float
 from twister_jax.agents.twm.windows import Windows
 from twister_jax.agents.twm.world_model import dynamics_pass, loss_scales
 from twister_jax.nn.distributions import OneHot
@@ -52,9 +57,21 @@ def dynamics_loss(
 
 
 def replayed_trajectory(
-    latent: Float[Array, "window step_plus_1 latent"], windows: Windows, config: TwmConfig
+    dynamics: Dynamics, latent: Float[Array, "window observation latent"], windows: Windows, config: TwmConfig
 ) -> Trajectory:
-    """Replayed steps for the critic, as if they had been imagined."""
+    """Replayed steps for the critic, as if they had been imagined; frames are the real ones.
+
+    Where it reads the state (z, h), the windows' first step is context only, and leaves the first h.
+    """
+    view = None
+    if config.model.policy_reads == "frames":
+        view = to_float(windows.frames)
+    elif config.model.policy_reads == "state":
+        hidden = dynamics.hidden_states(
+            latent[:, :-1], windows.action, windows.reward[:, :-1], windows.last[:, :-1], None
+        )
+        view = latent_and_hidden(latent[:, 1:], without_ended(hidden, windows.last))
+        latent, windows = jax.tree.map(lambda x: x[:, 1:], (latent, windows))
     return Trajectory(
         latent=latent,
         action=windows.action,
@@ -62,9 +79,10 @@ def replayed_trajectory(
         discount=jnp.full_like(windows.reward, config.discount),
         done=windows.last,
         weight=jnp.ones_like(windows.reward),
+        view=view,
     )
 
 
-def actor_loss(actor: Mlp, latent: Float[Array, "window step latent"], config: TwmConfig) -> Float[Array, ""]:
+def actor_loss(actor: Network, seen: Array, config: TwmConfig) -> Float[Array, ""]:
     """The actor starts from the policy of most entropy, as the data come from random actions."""
-    return -config.actor_entropy_scale * normalized_policy_entropy(actor, latent)
+    return -config.actor_entropy_scale * normalized_policy_entropy(actor, seen)
