@@ -109,13 +109,14 @@ def run(arguments: list[str]) -> int:
     _add_root(parser)
     add("--launcher", choices=LAUNCHERS, default="local", help="where runs are trained (default local)")
     add("--per-device", type=int, default=1, help="runs on a device at the same time (default 1)")
+    add("--pack-seeds", type=int, default=1, help="seeds of a game trained in one program (default 1)")
     add("--attempts", type=int, default=3, help="how often a run that fails is tried (default 3)")
     add("--address", default="", help="ray: of a cluster; without it one is started on this machine")
     add("--cpus", type=int, default=0, help="ray, slurm: cores for a run")
     add("--slurm", nargs="+", default=(), metavar="NAME=VALUE", help="slurm: as in partition=gpu time=1440")
     add("--dry-run", action="store_true", help="slurm: write the script, do not submit it")
     given = parser.parse_args(arguments)
-    for name in ("per_device", "attempts"):
+    for name in ("per_device", "pack_seeds", "attempts"):
         if getattr(given, name) < 1:
             parser.error(f"--{name.replace('_', '-')} = {getattr(given, name)}: must be at least 1")
     seeds = _split(given.seeds)
@@ -127,9 +128,9 @@ def run(arguments: list[str]) -> int:
     plan = suite.plan(chosen)
     directory = Path(given.root) / chosen.name
     suite.write_plan(directory, plan)
-    every = suite.grouped(plan.runs, 1)
-    left = [job for job in every if not jobs.finished(directory, job)]
-    print(f"{chosen.name}: {len(every)} runs, {len(every) - len(left)} finished → {directory}", flush=True)
+    left = jobs.unfinished(directory, plan.runs)
+    done = len(plan.runs) - len(left)
+    print(f"{chosen.name}: {len(plan.runs)} runs, {done} finished → {directory}", flush=True)
     if not left:
         return 0
     options = Options(
@@ -141,7 +142,7 @@ def run(arguments: list[str]) -> int:
         dry_run=given.dry_run,
     )
     return importlib.import_module(f"experiments.launchers.{given.launcher}").launch(
-        directory, plan, left, options
+        directory, plan, suite.grouped(left, given.pack_seeds), options
     )
 
 
@@ -186,12 +187,22 @@ def _score_options(command: str, description: str) -> Parser:
     known = ", ".join(scores.published_names())
     parser.add_argument("--against", nargs="+", default=(), metavar="NAME", help=f"published: {known}")
     parser.add_argument("--partial", action="store_true", help="leave out and count what is missing")
-    parser.add_argument("--out", type=Path, help="folder for what is written (default DIRECTORY/results)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder for what is written (default DIRECTORY/results, of a pack DIRECTORY-results)",
+    )
     return parser
 
 
 def _out(given: argparse.Namespace) -> Path:
-    return given.out or Path(given.directories[0].rpartition("=")[2]) / "results"
+    """Where results go: beside a pack, whose files are counted, and otherwise in it."""
+    from experiments.pack import MANIFEST
+
+    directory = Path(given.directories[0].rpartition("=")[2])
+    if (directory / MANIFEST).is_file():
+        return given.out or directory.resolve().with_name(f"{directory.resolve().name}-results")
+    return given.out or directory / "results"
 
 
 def aggregate(arguments: list[str]) -> int:
@@ -235,15 +246,20 @@ def pack(arguments: list[str]) -> int:
     """`pack`: a folder that others can check."""
     from experiments import pack as packing
 
-    parser = _parser("pack", "Copies a suite's configurations, metrics and scores, with checksums.")
-    parser.add_argument("suite", metavar="SUITE", help="its name, or its directory")
+    parser = _parser("pack", "Copies configurations, metrics and scores of finished runs, with checksums.")
+    parser.add_argument(
+        "sources", nargs="+", metavar="SUITE", help="its name or directory; or runs, packs, folders of runs"
+    )
     _add_root(parser)
     parser.add_argument("--out", type=Path, help="a new folder (default SUITE-pack)")
     parser.add_argument("--weights", action="store_true", help="the newest checkpoint's state as well")
+    parser.add_argument("--thin", action="store_true", help="few rows of metrics whole, of the others scores")
     given = parser.parse_args(arguments)
-    directory = suite.find(given.suite, given.root)
-    target = given.out or Path(f"{directory.name}-pack")
-    manifest = packing.pack(directory, target, given.weights)
+    sources = [Path(source) for source in given.sources]
+    if len(sources) == 1 and not sources[0].is_dir():
+        sources = [suite.find(given.sources[0], given.root)]
+    target = given.out or Path(f"{sources[0].absolute().name}-pack")
+    manifest = packing.pack(sources, target, given.weights, given.thin)
     size = sum(each["bytes"] for each in manifest["files"].values())
     missing = f", {len(manifest['missing'])} missing" if manifest["missing"] else ""
     print(f"{manifest['runs']} runs{missing}, {size / 1e6:,.1f} MB → {target}")

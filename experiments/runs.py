@@ -15,7 +15,7 @@ RECORD = "job.json"
 LOG = "train.log"
 """What `train` printed, in the run directory."""
 _MOST_BYTES = 1 << 24
-_TAIL = 1 << 15  # of metrics.jsonl
+_TAIL = 1 << 15  # of what is read from its end
 
 State = Literal["waiting", "running", "interrupted", "failed", "finished"]
 
@@ -65,15 +65,24 @@ def _rows(lines: Any) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def last_line(directory: Path) -> str:
-    """What `train` said last."""
+def last_line(directory: Path, since: int = 0, preferred: str = "") -> str:
+    """What `train` said last.
+
+    Args:
+      directory: of the run.
+      since: where in the log to begin, in bytes.
+      preferred: how a line begins that is better than later ones.
+    """
     try:
         with files.open_regular(directory / LOG) as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
-            lines = file.read().decode(errors="replace").splitlines()
+            file.seek(max(since, os.fstat(file.fileno()).st_size - _TAIL))
+            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
     except OSError:
         return ""
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    said = [line for line in lines if line]
+    return next((line for line in reversed(said) if preferred and line.startswith(preferred)), "") or (
+        said[-1] if said else ""
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +97,7 @@ class Standing:
       score: mean of the evaluation, or else the last training score; None before the first.
       where: host and device.
       note: why it failed.
+      log: what `train` printed.
     """
 
     state: State
@@ -97,6 +107,7 @@ class Standing:
     score: float | None = None
     where: str = ""
     note: str = ""
+    log: Path = Path()
 
 
 def standing(directory: Path, steps: int) -> Standing:
@@ -118,6 +129,7 @@ def standing(directory: Path, steps: int) -> Standing:
         score=scored.get("episode/score"),
         where=where,
         note=str(record.get("last_line", "")),
+        log=Path(os.path.normpath(directory / str(record.get("log", LOG)))),
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from experiments import runs
-from experiments.runs import LOG, Standing
+from experiments.runs import Standing
 from experiments.suite import Plan, PlannedRun, read_plan
 from twister_jax.training.progress import duration
 
@@ -24,7 +24,7 @@ def show(directory: Path) -> str:
     paces = _paces(found)
     table = _aligned([HEAD, *(_row(run, each, paces) for run, each in found)])
     failed = [
-        f"failed {run.directory}: {each.note}; log {directory / run.directory / LOG}"
+        f"failed {run.directory}: {each.note}; log {each.log}"
         for run, each in found
         if each.state == "failed"
     ]

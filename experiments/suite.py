@@ -176,6 +176,11 @@ def register(what: str) -> None:
         raise UserError(f"register = {what!r}: {files.one_line(error)}; it must be MODULE:FUNCTION") from None
 
 
+def run_directory(name: str, game: str, seed: int) -> str:
+    """Of a run of the set `name`, below its suite's."""
+    return f"{name}/{game.replace(':', '-').replace('/', '-')}/seed{seed}"
+
+
 def plan(suite: Suite) -> Plan:
     """Every run of a suite, validated as the training command does.
 
@@ -192,10 +197,9 @@ def plan(suite: Suite) -> Plan:
                 presets.validate(config)
             except UserError as error:
                 raise UserError(f"{suite.name}, set {name}, {game}: {error}") from None
-            folder = config.game.replace(":", "-").replace("/", "-")
             runs += [
                 PlannedRun(
-                    directory=f"{name}/{folder}/seed{seed}",
+                    directory=run_directory(name, config.game, seed),
                     set=name,
                     agent=chosen.agent,
                     preset=suite.preset,

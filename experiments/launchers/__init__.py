@@ -1,10 +1,10 @@
 """Where runs are trained: on this machine, on a Ray cluster, or by SLURM."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from experiments.job import Job
+from experiments.job import Job, Outcome, title
 from experiments.suite import Plan
 
 LAUNCHERS = ("local", "ray", "slurm")
@@ -36,19 +36,21 @@ Launch = Callable[[Path, Plan, list[Job], Options], int]
 
 
 class Summary:
-    """What a launcher says while jobs end, and what it leaves as its exit code."""
+    """What a launcher says while jobs end, and what it leaves as its exit code; it counts runs."""
 
-    def __init__(self, jobs: int) -> None:
-        self.jobs, self.ended = jobs, {"finished": 0, "failed": 0, "interrupted": 0}
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self.runs, self.ended = sum(map(len, jobs)), {"finished": 0, "failed": 0, "interrupted": 0}
 
-    def add(self, title: str, state: str, message: str) -> None:
+    def add(self, job: Job, outcome: Outcome) -> None:
         """Says how a job ended."""
-        self.ended[state] += 1
-        print(f"{state} {title}: {message} ({sum(self.ended.values())}/{self.jobs})", flush=True)
+        self.ended["finished"] += len(job) - outcome.left
+        self.ended[outcome.state] += outcome.left
+        counted = f"{sum(self.ended.values())}/{self.runs}"
+        print(f"{outcome.state} {title(job)}: {outcome.message} ({counted})", flush=True)
 
     def close(self) -> int:
         """Says the totals; returns the exit code: 0 where everything is finished."""
         counts = ", ".join(f"{count} {state}" for state, count in self.ended.items() if count)
-        left = self.jobs - sum(self.ended.values())
+        left = self.runs - sum(self.ended.values())
         print((counts or "nothing ended") + (f", {left} not started" if left else ""), flush=True)
-        return 0 if self.ended["finished"] == self.jobs else 1
+        return 0 if self.ended["finished"] == self.runs else 1

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.job import Job, Outcome, run_job, title
+from experiments.job import Job, Outcome, run_job
 from experiments.launchers import Options, Summary
 from experiments.suite import Plan
 from twister_jax.training.signals import Signals
@@ -47,13 +47,13 @@ def launch(directory: Path, plan: Plan, jobs: list[Job], options: Options) -> in
                     slot.environment,
                     options.attempts,
                     stopping.is_set,
-                    lambda line: print(line, flush=True),
+                    say=lambda line: print(line, flush=True),
                 )
             except OSError as error:  # a full disk, say: the others may still work
-                outcome = Outcome("failed", str(error))
+                outcome = Outcome("failed", str(error), len(job))
             ended.put((job, outcome))
 
-    summary = Summary(len(jobs))
+    summary = Summary(jobs)
     threads = [threading.Thread(target=work, args=(slot,)) for slot in slots(options.per_device)[: len(jobs)]]
     with Signals() as signals:
         for thread in threads:
@@ -66,7 +66,7 @@ def launch(directory: Path, plan: Plan, jobs: list[Job], options: Options) -> in
                 job, outcome = ended.get(timeout=0.2)
             except queue.Empty:
                 continue
-            summary.add(title(job), outcome.state, outcome.message)
+            summary.add(job, outcome)
     code = summary.close()
     return signals.exit_code if signals.received is not None else code
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments.job import ROOT, Job, Outcome, run_job, title
+from experiments.job import ROOT, Job, Outcome, run_job
 from experiments.launchers import Options, Summary
 from experiments.suite import Plan
 from twister_jax.errors import UserError
@@ -38,7 +38,7 @@ def launch(directory: Path, plan: Plan, jobs: list[Job], options: Options) -> in
         tasks = {train.remote(path, plan, job, environment, options.attempts): job for job in jobs}
         address = ray.get_runtime_context().gcs_address
         print(f"{len(tasks)} jobs at Ray {address}, each with {_show(needs)}", flush=True)
-        summary = Summary(len(jobs))
+        summary = Summary(jobs)
         with Signals() as signals:
             stopping = False
             while tasks:
@@ -49,9 +49,9 @@ def launch(directory: Path, plan: Plan, jobs: list[Job], options: Options) -> in
                         ray.cancel(task, force=False)
                 done, _ = ray.wait(list(tasks), timeout=0.5)
                 for task in done:
-                    outcome = _outcome(ray, task)
+                    outcome = _outcome(ray, task, len(tasks[task]))
                     if outcome is not None:
-                        summary.add(title(tasks[task]), outcome.state, outcome.message)
+                        summary.add(tasks[task], outcome)
                     del tasks[task]
         code = summary.close()
         return signals.exit_code if signals.received is not None else code
@@ -63,14 +63,14 @@ def _train(directory: Path, plan: Plan, job: Job, environment: dict[str, str], a
     return run_job(directory, plan, job, f"gpu {device}" if device else "cpu", environment, attempts)
 
 
-def _outcome(ray: Any, task: Any) -> Outcome | None:
+def _outcome(ray: Any, task: Any, runs: int) -> Outcome | None:
     """How a task ended; None where it was cancelled before it began."""
     try:
         return ray.get(task)
     except ray.exceptions.TaskCancelledError:
         return None
     except ray.exceptions.RayError as error:
-        return Outcome("failed", one_line(error))
+        return Outcome("failed", one_line(error), runs)
 
 
 def _needs(ray: Any, options: Options) -> dict[str, float]:

@@ -1,13 +1,16 @@
 """`--launcher slurm`: an array job whose members are jobs; submitit writes the script, sbatch takes it.
 
-A member that runs out of time, or is preempted, saves and puts itself back into the queue.
+A member that runs out of time, or is preempted, saves and puts itself back into the queue; one that was
+cancelled saves and ends.
 """
 
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,9 @@ _DEFAULTS: dict[str, Any] = {"time": 2880, "gpus_per_node": 1, "cpus_per_task": 
 
 _SECONDS_TO_SAVE = 180
 """Before its time is over, a job is told so."""
+
+_TIME_IS_OVER = signal.SIGURG
+"""SLURM signals every process of a job, and a run must be told once: nobody minds this one by default."""
 
 
 def launch(directory: Path, plan: suite.Plan, jobs: list[Job], options: Options) -> int:
@@ -82,7 +88,10 @@ def _script(array: Path, count: int, name: str, options: Options) -> str:
         map_count=count,
         setup=[f"export PYTHONPATH={shlex.quote(str(ROOT))}"],
         stderr_to_stdout=True,
-        additional_parameters={"requeue": True, "signal": f"TERM@{_SECONDS_TO_SAVE}"},
+        additional_parameters={
+            "requeue": True,
+            "signal": f"URG@{_SECONDS_TO_SAVE}",
+        },
         **chosen,
     )
 
@@ -106,11 +115,29 @@ def run_member(array: Path, index: int) -> int:
         raise UserError(f"{array} has no job {index}: it has {len(members)}")
     suite.register(plan.register)
     device = f"slurm {os.environ.get('SLURM_ARRAY_JOB_ID', '')}_{index}"
-    with Signals() as signals:
-        outcome = run_job(
-            directory, plan, job, device, attempts=attempts, stop=lambda: signals.received is not None
-        )
+    time_is_over = threading.Event()
+    before = signal.signal(_TIME_IS_OVER, lambda *_: time_is_over.set())
+    try:
+        with Signals() as signals:
+            outcome = run_job(
+                directory,
+                plan,
+                job,
+                device,
+                attempts=attempts,
+                stop=time_is_over.is_set,
+                told=lambda: signals.received is not None,
+            )
+    finally:
+        signal.signal(_TIME_IS_OVER, before)
     print(f"{outcome.state}: {outcome.message}", flush=True)
     if outcome.state == "interrupted" and "SLURM_JOB_ID" in os.environ:
-        subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
+        _queue_again(os.environ["SLURM_JOB_ID"])
     return 0 if outcome.state == "finished" else 1
+
+
+def _queue_again(number: str) -> None:
+    """Where the job still runs: SLURM would start one again too that people have cancelled."""
+    asked = subprocess.run(["scontrol", "show", "job", "--oneliner", number], capture_output=True, text=True)
+    if "JobState=RUNNING" in asked.stdout:
+        subprocess.run(["scontrol", "requeue", number], check=False)

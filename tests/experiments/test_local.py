@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import job, runs
+from experiments import job, runs, status
 from experiments.__main__ import main
 from experiments.launchers import local
 
@@ -30,6 +30,14 @@ def fake(monkeypatch):
 
     monkeypatch.setattr(job, "command", command)
     return lambda **told: monkeypatch.setenv("FAKE_TRAINING", json.dumps(told))
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+    return found
 
 
 def run(root, *flags):
@@ -66,6 +74,36 @@ def test_a_failure_is_told_with_its_last_line_and_tried_again_while_others_go_on
     assert runs.standing(folder, 300).state == "failed"
     assert run(tmp_path) == 0  # its luck has turned
     assert runs.standing(folder, 300).state == "finished"
+
+
+def test_seeds_that_are_packed_leave_runs_of_their_own(tmp_path, fake, capsys):
+    """One program for what is left of a game; of its seeds, those that fail are tried again alone."""
+    fake(fail="Catch/seed1", times=2)
+    assert run(tmp_path, "--sets", "twister", "--seeds", 0) == 0
+    assert run(tmp_path, "--sets", "twister", "--seeds", 0, 1, 2, 3, "--pack-seeds", 8, "--attempts", 2) == 1
+    said = capsys.readouterr().out
+    game = tmp_path / "smoke/twister/Catch"
+    assert "started twister Catch seeds 1 2 3" in said
+    assert f"exit code 1: seed 1 stops: out of luck; log {game}/seed1/train.log; trying again" in said
+    assert "started twister Catch seed 1 on cpu, attempt 2" in said
+    assert "2 finished, 1 failed" in said
+    assert [len(each.splitlines()) for _, each in sorted(starts(game).items())] == [1, 2, 1, 1]
+    assert "failed twister/Catch/seed1: twister_jax: cannot start: out of luck; log" in status.show(
+        tmp_path / "smoke"
+    )
+    assert run(tmp_path, "--sets", "twister", "--seeds", 0, 1, 2, 3, "--pack-seeds", 8) == 0
+    assert [runs.standing(game / f"seed{seed}", 300).score for seed in range(4)] == [0, 1, 2, 3]
+
+
+def test_every_packed_seed_knows_why_it_failed_and_where_the_log_is(tmp_path, fake):
+    fake(fail="Catch/seed1", times=1)
+    assert run(tmp_path, "--sets", "twister", "--pack-seeds", 2, "--attempts", 1) == 1
+    game = tmp_path / "smoke/twister/Catch"
+    failed, finished = runs.standing(game / "seed1", 300), runs.standing(game / "seed0", 300)
+    assert (failed.state, failed.note) == ("failed", "seed 1 stops: out of luck")
+    assert failed.log == game / "seed0/train.log"
+    assert failed.log.is_file()
+    assert finished.state == "finished"
 
 
 def test_several_to_a_device_share_the_cores(tmp_path, fake, monkeypatch):
@@ -152,11 +190,11 @@ overrides = { "train.tensorboard" = false }
 
 
 def test_from_a_suite_to_a_checked_pack(tmp_path, capsys, monkeypatch):
-    """Real runs of a third agent on a third environment, through every command."""
+    """Real runs of a third agent on a third environment, in one program, through every command."""
     monkeypatch.chdir(ROOT)
     (tmp_path / "third.toml").write_text(SUITE)
     root = ["--root", str(tmp_path)]
-    assert main(["run", str(tmp_path / "third.toml"), *root, "--per-device", "2"]) == 0
+    assert main(["run", str(tmp_path / "third.toml"), *root, "--pack-seeds", "2"]) == 0
     assert main(["status", "third", *root]) == 0
     assert "third: 2 runs: 2 finished" in capsys.readouterr().out
     directory = tmp_path / "third"

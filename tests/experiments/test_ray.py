@@ -13,6 +13,7 @@ import pytest
 
 from experiments import runs
 from experiments.__main__ import main
+from tests.experiments.test_local import wait_for
 
 pytest.importorskip("ray")
 ROOT = Path(__file__).parents[2]
@@ -55,14 +56,6 @@ def start(*arguments, **environment):
     )
 
 
-def wait_for(condition, seconds=300):
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
-    return found
-
-
 def parent_of(pid):
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
@@ -87,7 +80,7 @@ def test_a_killed_worker_is_replaced_and_its_run_goes_on(tmp_path):
         "run", tmp_path / "third.toml", "--root", tmp_path, "--launcher", "ray", "--cpus", "1", HOME=str(home)
     )
     folder = tmp_path / "third/minimal/slider-easy/seed0"
-    wait_for(lambda: process.poll() is not None or any((folder / "checkpoints").glob("0*")))
+    wait_for(lambda: process.poll() is not None or any((folder / "checkpoints").glob("0*")), 300)
     assert process.poll() is None, process.communicate()[0]
     record = runs.read_json(folder / runs.RECORD)
     worker = parent_of(record["pid"])
@@ -110,7 +103,7 @@ def test_a_signal_lets_tasks_save(tmp_path):
     (tmp_path / "third.toml").write_text(SUITE.replace("4000", "400000"))
     process = start("run", tmp_path / "third.toml", "--root", tmp_path, "--launcher", "ray")
     folder = tmp_path / "third/minimal/slider-easy/seed0"
-    wait_for(lambda: process.poll() is not None or any((folder / "checkpoints").glob("0*")))
+    wait_for(lambda: process.poll() is not None or any((folder / "checkpoints").glob("0*")), 300)
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=200)
     assert process.returncode == 130, said

@@ -3,15 +3,19 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from experiments import runs
 from experiments.__main__ import main
 from experiments.launchers import slurm
-from tests.experiments.test_local import FAKE, ROOT, fake  # noqa: F401
+from tests.experiments.test_local import ROOT, fake, wait_for  # noqa: F401
 
 pytest.importorskip("submitit")
 
@@ -34,7 +38,7 @@ def test_a_dry_run_writes_an_array_that_bash_accepts(tmp_path, capsys):
     assert found["array"] == "0-7%4"
     assert (found["partition"], found["time"], found["gpus-per-node"]) == ("gpu", "600", "1")
     assert "requeue" in found
-    assert found["signal"] == "TERM@180"
+    assert found["signal"] == "URG@180"
     assert Path(found["output"]).parent.is_dir()
     jobs = json.loads(script.with_suffix(".json").read_text())["jobs"]
     assert len(jobs) == 8
@@ -75,20 +79,48 @@ def test_members_of_a_submitted_array_train_their_runs(tmp_path, fake, monkeypat
     assert "2 runs, 2 finished" in capsys.readouterr().out
 
 
-def test_a_member_whose_time_is_over_saves_and_queues_again(tmp_path, fake, monkeypatch):  # noqa: F811
-    import signal
-    import threading
-
+@pytest.mark.parametrize(
+    ("number", "state", "queued_again"),
+    [
+        (signal.SIGURG, "RUNNING", True),  # time is over: the member tells its run
+        (signal.SIGTERM, "RUNNING", True),  # preempted: SLURM has told both
+        (signal.SIGTERM, "COMPLETING", False),  # cancelled
+    ],
+)
+def test_a_member_that_is_interrupted_saves_and_queues_again_unless_cancelled(
+    tmp_path,
+    fake,  # noqa: F811
+    monkeypatch,
+    number,
+    state,
+    queued_again,
+):
+    """SLURM signals all processes of a job; a run that hears of it twice would end unsaved."""
     assert launch(tmp_path, "--dry-run", "--games", "Catch") == 0
     (array,) = tmp_path.rglob("array-*.json")
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     asked = []
-    monkeypatch.setattr(slurm.subprocess, "run", lambda words, **_: asked.append(words))
+
+    def scontrol(words, **_):
+        asked.append(words[1])
+        return subprocess.CompletedProcess(words, 0, f"JobId=77 JobState={state} Reason=None", "")
+
+    monkeypatch.setattr(slurm.subprocess, "run", scontrol)
     fake(wait=str(tmp_path / "never"))
-    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    def interrupt():
+        (starts,) = wait_for(lambda: list(tmp_path.rglob("starts")))
+        record = wait_for(lambda: runs.read_json(starts.with_name(runs.RECORD)))
+        time.sleep(0.3)  # until it can hear
+        for pid in (record["pid"], os.getpid()):
+            os.kill(pid, number)
+
+    threading.Thread(target=interrupt).start()
     assert main(["job", str(array), "0"]) == 1
-    assert asked == [["scontrol", "requeue", "77"]]
-    assert list(tmp_path.rglob("saved"))
+    assert asked == ["show", "requeue"][: 1 + queued_again]
+    (saved,) = tmp_path.rglob("saved")
+    assert saved.read_text() == "told once\n"
+    assert runs.read_json(saved.with_name(runs.RECORD))["state"] == "interrupted"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from experiments import runs
 from experiments.__main__ import main
 
 pytest.importorskip("ray")
-from tests.experiments.test_ray import parent_of, start, wait_for
+from tests.experiments.test_local import wait_for
+from tests.experiments.test_ray import parent_of, start
 
 
 @pytest.mark.slow
@@ -22,7 +23,8 @@ def test_the_smoke_suite_through_a_cluster_that_loses_a_worker(tmp_path):
         lambda: (
             process.poll() is not None
             or [path for path in tmp_path.rglob("metrics.jsonl") if path.stat().st_size]
-        )
+        ),
+        600,
     )
     assert running is not True, process.communicate()[0]
     killed: Path = running[0].parent

@@ -140,7 +140,8 @@ def test_the_table_says_where_every_run_stands(tmp_path, capsys):
         (halfway / runs.RECORD).write_text(json.dumps({**record, **change}))
         assert runs.standing(halfway, 100_000).state == state
     assert "failed twister/Breakout/seed1: training diverged; log" in status.show(directory)
-    assert runs.standing(tmp_path / "nothing", 10) == runs.Standing("waiting")
+    nothing = tmp_path / "nothing"
+    assert runs.standing(nothing, 10) == runs.Standing("waiting", log=nothing / runs.LOG)
 
 
 def test_rows_that_are_torn_are_skipped(tmp_path):
