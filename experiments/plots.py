@@ -167,7 +167,7 @@ def curves(sets: Sequence[ScoreSet], against: Sequence[ScoreSet]) -> "Figure | N
         for at, each in enumerate(sets):
             if curve := found.get((each.name, game)):
                 _draw_curve(axes, curve, at, each, game)
-        for each, dash in zip(against, itertools.cycle(_DASHES[1:])):
+        for each, dash in zip(against, itertools.cycle(_DASHES[2:])):
             if game in each.runs:
                 axes.axhline(each.raw(game).mean(), color="#666666", lw=1.1, ls=dash, label=each.name)
         _thousands(axes)
@@ -190,7 +190,7 @@ def _draw_curve(axes: "Axes", curve: Curve, at: int, scores: ScoreSet, game: str
     axes.fill_between(curve.steps, curve.low, curve.high, color=color, alpha=0.18, lw=0)
     marker = _MARKERS[at % len(_MARKERS)]
     end = max(run.env_steps for run in scores.runs[game])
-    axes.plot([end], [scores.raw(game).mean()], marker, color=color, mec="white", ms=6, clip_on=False)
+    axes.plot([end], [scores.raw(game).mean()], marker, mfc="none", mec=color, mew=1.6, ms=7, clip_on=False)
 
 
 def _step_label(sets: Sequence[ScoreSet]) -> str:
@@ -229,7 +229,8 @@ def bars(columns: Sequence[ScoreSet]) -> "Figure":
         axes.set_title(title + (" ↓" if name == "optimality_gap" else ""))
         axes.set_yticks(places, [each.name for each in columns])
         axes.grid(axis="y", visible=False)
-        if all((estimate := of[name]) is None or estimate.value >= 0 for of in found):
+        estimates = [estimate for of in found if (estimate := of[name]) is not None]
+        if all(min(each.value, each.value if each.low is None else each.low) >= 0 for each in estimates):
             axes.set_xlim(left=0)
     panels[0].invert_yaxis()
     figure.supxlabel("human-normalised score")

@@ -168,8 +168,10 @@ def read_sets(words: Sequence[str], partial: bool = False) -> list[ScoreSet]:
     sets = [_collect(name, pairs, missing.get(name, [])) for name, pairs in evaluated.items()]
     gaps = [f"{name}: {label}" for name in missing for label in missing[name] if name not in evaluated]
     gaps += [f"{each.name}: {label}" for each in sets for label in each.missing]
-    if gaps and not (partial and sets):
-        listed = ", ".join(gaps[:4]) + (f" and {len(gaps) - 4} more" if len(gaps) > 4 else "")
+    listed = ", ".join(gaps[:4]) + (f" and {len(gaps) - 4} more" if len(gaps) > 4 else "")
+    if not sets:
+        raise UserError(f"no run is finished: {listed}")
+    if gaps and not partial:
         total = len(gaps) + sum(each.count for each in sets)
         raise UserError(
             f"{len(gaps)} of {total} runs are missing or unfinished ({listed}): "
@@ -190,10 +192,10 @@ def _find(root: Path, name: str) -> Iterator[_Found]:
                 label = f"{run.game} seed {run.seed}"
                 yield _Found(directory / run.directory, name or run.set, label, plan.score_range)
             below.clear()
-        elif "config.json" in found or "evaluation.json" in found:
+        elif pack.CONFIG in found or pack.EVALUATION in found:
             yield _Found(directory, name, str(directory))
             below.clear()
-        below.sort()
+        below[:] = sorted(set(below) - {pack.WEIGHTS})  # which have manifests of their own
 
 
 def _agent(directory: Path) -> str:

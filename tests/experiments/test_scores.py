@@ -92,7 +92,7 @@ def test_a_run_that_was_extended_is_unfinished(tmp_path, capsys):
     config = json.loads((directory / "config.json").read_text())
     config["train"]["steps"] = 200_000
     (directory / "config.json").write_text(json.dumps(config))
-    assert "1 of 1 runs are missing or unfinished" in refusal(capsys, "aggregate", tmp_path)
+    assert f"no run is finished: twister: {directory}" in refusal(capsys, "aggregate", tmp_path, "--partial")
 
 
 @pytest.mark.parametrize(
