@@ -16,6 +16,7 @@ overrides = { "train.steps" = 1000 }  # of this set, on top
 
 import dataclasses
 import importlib
+import itertools
 import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -270,8 +271,13 @@ def find(name: str, root: str) -> Path:
 
 
 def grouped(runs: Iterable[PlannedRun], size: int) -> list[tuple[PlannedRun, ...]]:
-    """Runs that differ by their seeds alone, `size` and `size` together, in their order."""
+    """Runs that differ by their seeds alone, `size` and `size` together.
+
+    The first of every game and set come before the second of any, which then find their programs compiled;
+    and early on there is a score of everything.
+    """
     together: dict[tuple[str, str], list[PlannedRun]] = {}
     for run in runs:
         together.setdefault((run.set, run.game), []).append(run)
-    return [tuple(same[at : at + size]) for same in together.values() for at in range(0, len(same), size)]
+    parts = [[tuple(same[at : at + size]) for at in range(0, len(same), size)] for same in together.values()]
+    return [part for turn in itertools.zip_longest(*parts) for part in turn if part]

@@ -61,6 +61,13 @@ def test_a_file_of_ones_own_becomes_a_plan_that_grows(tmp_path):
     assert len(suite.grouped(suite.plan(mine).runs, 2)) == 4
 
 
+def test_a_score_of_everything_comes_first():
+    """And runs that start together have different programs to compile."""
+    jobs = suite.grouped(suite.plan(suite.load("smoke")).runs, 1)
+    assert [run.seed for (run,) in jobs] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert len({(run.set, run.game) for (run,) in jobs[:4]}) == 4
+
+
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
