@@ -2,11 +2,13 @@
 
 import dataclasses
 import os
+from importlib.metadata import version
 from typing import Any
 
 from tests.shape_checks import install
 
 install()  # before anything of the package is imported
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"  # before JAX is, here and in subprocesses
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +80,25 @@ class Compiled:
     act: Any
 
 
+# Without its optimisations and with its older code generator, which jaxlib 0.11 no longer has, XLA compiles a
+# small update in a fifth of the time. What is computed is the same up to rounding.
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+USUAL = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+CAN_BE_QUICK = version("jaxlib").startswith("0.10.")
+
+
+def pytest_configure(config):
+    """The default suite compiles much and computes little. The long suites compile as a run does."""
+    if CAN_BE_QUICK and config.option.markexpr not in ("slow", "learning", "faults"):
+        flags = " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK.items())
+        os.environ.setdefault("XLA_FLAGS", flags)  # read when the backend starts, here and in subprocesses
+
+
+def jit_as_a_run(function: Any, **options: Any) -> Any:
+    """`jax.jit`, compiled as a run compiles: where the last bit counts, or much is computed."""
+    return jax.jit(function, compiler_options=USUAL if CAN_BE_QUICK else None, **options)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once(tmp_path_factory):
     """Many tests compile the same programs, here and in subprocesses; one compilation of each is enough."""
@@ -86,7 +107,6 @@ def compiled_once(tmp_path_factory):
         base = base.parent  # that of all workers
     os.environ["TWISTER_JAX_CACHE"] = str(base / "xla")
     keep_compiled_programs(jax.default_backend())
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 @pytest.fixture(scope="session")

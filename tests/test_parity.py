@@ -45,6 +45,13 @@ def test_the_formulation_of_accelerators_agrees_as_well(agent, monkeypatch):
     assert [row for row in rows if not row.ok] == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("agent", ["twister", "twm"])
+def test_fixtures_agree_when_compiled_as_a_run_is(agent):
+    """`-m slow` compiles with all of XLA's optimisations, unlike the default suite."""
+    assert parity.main(FIXTURES / f"{agent}_small.npz") == 0
+
+
 def test_a_wrong_weight_is_noticed(tmp_path, capsys):
     with np.load(FIXTURES / "twister_small.npz") as archive:
         arrays = {name: archive[name] for name in archive.files}

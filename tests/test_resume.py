@@ -50,7 +50,10 @@ def final_state(directory):
     return load_run(directory).state
 
 
-@pytest.mark.parametrize("agent", ["twister", pytest.param("twm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "agent",
+    ["twister", *(pytest.param(agent, marks=pytest.mark.slow, id=f"{agent}-slow") for agent in KILLS)],
+)
 def test_a_killed_run_of_the_real_agent_ends_where_an_undisturbed_one_ends(agent, tmp_path):
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     said, _ = (process := start(agent, undisturbed)).communicate()

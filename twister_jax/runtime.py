@@ -58,7 +58,8 @@ def keep_compiled_programs(backend: str) -> None:
         return
     if os.access(cache, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
         # XLA's own caches (autotuning, on a GPU) would put this path into every key: no program in a copied
         # cache would be found.
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
