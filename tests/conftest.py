@@ -94,6 +94,11 @@ def pytest_configure(config):
         os.environ.setdefault("XLA_FLAGS", flags)  # read when the backend starts, here and in subprocesses
 
 
+def pytest_collection_modifyitems(items):
+    """The longest test first: what is left for the end is short, and two processes end together."""
+    items.sort(key=lambda item: item.path.name != "test_resume.py")
+
+
 def jit_as_a_run(function: Any, **options: Any) -> Any:
     """`jax.jit`, compiled as a run compiles: where the last bit counts, or much is computed."""
     return jax.jit(function, compiler_options=USUAL if CAN_BE_QUICK else None, **options)
