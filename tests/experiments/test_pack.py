@@ -1,9 +1,12 @@
 """Packs: complete, checked when read, and refused when changed."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+import experiments
+from experiments import pack, scores
 from experiments.__main__ import main
 from tests.experiments import simulated
 
@@ -80,6 +83,19 @@ def test_finished_runs_of_anywhere_become_a_small_pack_that_reads_like_them(tmp_
         found[name] = json.loads((tmp_path / f"{name}.json").read_text())
     assert found["packed"] == found["runs"]
     assert found["packed"]["games"]["Pong"]["scores"] == [10.0, 11.0]
+
+
+RESULTS = Path(experiments.__file__).parent / "results"
+
+
+@pytest.mark.parametrize("kept", [path.name for path in RESULTS.iterdir() if path.is_dir()])
+def test_what_is_kept_in_the_repository_is_whole_and_small(kept):
+    pack.verify(RESULTS / kept)
+    sets = scores.read_sets([str(RESULTS / kept)], partial=True)
+    size = sum(path.stat().st_size for path in (RESULTS / kept).rglob("*") if path.is_file())
+    assert size < 500_000 * sum(each.count for each in sets)
+    for config in (RESULTS / kept).rglob("config.json"):  # says nothing of the machine's directories
+        assert not Path(json.loads(config.read_text())["logdir"]).is_absolute()
 
 
 def test_two_runs_of_one_place_are_refused(tmp_path, capsys):
