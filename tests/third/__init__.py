@@ -34,6 +34,8 @@ class MinimalConfig(AlgorithmConfig):
     """First update with a non-finite loss; 0 for none."""
     bad_until: NonNegativeInt = 10**9
     """First update after it that is sound again."""
+    reads_reward: bool = False
+    """Whether acting reads rewards."""
 
     def problems(self, config: Config) -> Iterator[str]:
         """See `AlgorithmConfig`."""

@@ -26,6 +26,8 @@ def make_agent(config, spec):
 
     def act(state, carry, observation, key, sample=True):
         seen = jnp.mean(observation.image / 255.0, (1, 2, 3))[:, None] * jnp.ones(16)
+        if algorithm.reads_reward:
+            seen = seen + observation.reward[:, None]
         before = carry["memory"] + carry["action"] @ jnp.arange(1.0, spec.num_actions + 1)[:, None]
         memory = jnp.where(observation.is_first[:, None], 0.0, before) * 0.5 + seen
         logits = memory @ state["w"].T
@@ -95,6 +97,7 @@ def make_agent(config, spec):
         shared_sizes={"algorithm.batch_size": algorithm.batch_size},
         min_replay_steps=algorithm.batch_length,
         tokens_per_update=algorithm.batch_size * algorithm.batch_length,
+        reads_reward=algorithm.reads_reward,
         headline="losses/image",
         parts=("sample", "work"),
         dream=Dream(begin, observe, imagine, look, policy, lambda reward: reward),

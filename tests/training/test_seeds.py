@@ -8,10 +8,12 @@ import sys
 
 import pytest
 
+from tests import third
 from tests.runs import ROOT, Killed, assert_same_run, config_of, killed_env, rows_of
 from twister_jax.cli import main, of_seeds, take_seeds
 from twister_jax.envs import make_vector_env
 from twister_jax.errors import UserError
+from twister_jax.presets import make_config
 from twister_jax.training.train import train, train_seeds
 
 STEPS = 60
@@ -38,6 +40,27 @@ def test_a_seed_in_a_group_does_what_it_does_alone(tmp_path, alone):
         assert_same_run(tmp_path / seed, alone / seed)
     assert rows_of(tmp_path / "seed0") != rows_of(tmp_path / "seed1")
     assert json.loads((tmp_path / "seed1" / "config.json").read_text())["seed"] == 1
+
+
+def test_agents_that_read_rewards_are_shown_them_in_a_group_too(tmp_path):
+    """Up to the rounding of continuous actions."""
+
+    def those(directory):
+        asked = {"algorithm.reads_reward": True, "evaluation.episodes": 1, "train.steps": 60}
+        return of_seeds(
+            make_config(third.AGENT, "debug", "slider:easy", logdir=str(directory), **asked), (0, 1)
+        )
+
+    for config in those(tmp_path / "alone"):
+        assert train(config) == 0
+    assert train_seeds(those(tmp_path / "group")) == 0
+    for seed in ("seed0", "seed1"):
+        found, expected = (
+            [row["episode/score"] for row in rows_of(tmp_path / name / seed) if "episode/score" in row]
+            for name in ("group", "alone")
+        )
+        assert len(expected) > 1
+        assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_group_is_killed_and_goes_on_as_one(tmp_path, alone):
