@@ -117,7 +117,7 @@ def draw(sets: Sequence[ScoreSet], against: Sequence[ScoreSet]) -> Iterator[Draw
         (
             "curves",
             "Training score over environment steps: mean over seeds with 95% interval; markers are the "
-            "evaluations at the end, grey lines published scores.",
+            "evaluations at the end, grey lines published scores (after 100,000 steps).",
             lambda: curves(sets, against),
         ),
         (
