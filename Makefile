@@ -16,7 +16,7 @@ EXTRAS ?= $(if $(DRIVER),$(shell test $(DRIVER) -ge 580 && echo cuda || echo cud
 # An environment suite that needs packages of its own has an extra of its name: dmc:walker_walk, gym:CartPole-v1.
 SUITE_EXTRA := $(filter dmc gym,$(firstword $(subst :, ,$(GAME))))
 # What is typed reaches the program through the environment, so that quotes and spaces are just characters.
-export GAME AGENT PRESET SEED SEEDS DEVICES STEPS LOGDIR FILE SUITE GAMES SEEDS
+export GAME AGENT PRESET SEED SEEDS DEVICES STEPS LOGDIR FILE SUITE GAMES
 PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3.13 python3 python,\
 	$(shell $(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
 

@@ -40,7 +40,7 @@ class Profile(NamedTuple):
     calls: dict[str, list[float]]
     """Operation -> seconds of each of its calls, without what ran inside of it."""
     seconds: float
-    """That one update took, by the clock."""
+    """Wall-clock seconds of one update."""
     path: Path
 
     @property

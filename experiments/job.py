@@ -49,7 +49,7 @@ def title(job: Job) -> str:
 
 
 def unfinished(directory: Path, planned: Sequence[PlannedRun]) -> list[PlannedRun]:
-    """Those of which something is left."""
+    """Planned runs that are not finished."""
     return [run for run in planned if runs.standing(directory / run.directory, run.steps).state != "finished"]
 
 

@@ -30,7 +30,7 @@ def pack(sources: Sequence[Path], target: Path, weights: bool = False, thin: boo
 
     Args:
       sources: a suite's directory, which keeps its plan; or runs, packs, and folders of them.
-      target: a folder that is not there yet.
+      target: a folder that does not exist yet.
       weights: whether the newest checkpoint of every run goes in, without its replay.
       thin: whether most rows of the metrics keep nothing but the scores of episodes.
 

@@ -229,7 +229,7 @@ class Examination:
     """What a look at an environment found."""
 
     exact: bool
-    """It can be saved and goes on exactly."""
+    """Whether the environment can be saved, and continues exactly once restored."""
     picture: str
     """Where its pictures come from."""
 

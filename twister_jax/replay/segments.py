@@ -59,7 +59,7 @@ class Layout:
 
     @classmethod
     def of(cls, replay: Replay) -> "Layout":
-        """That of a store; one of shapes alone holds no steps."""
+        """The layout of a store; a store of shapes alone holds no steps."""
         return cls(
             streams=replay.frames.shape[0],
             capacity=replay.capacity,
@@ -133,7 +133,7 @@ def write(directory: Path, start: int, rows: np.ndarray) -> Segment:
 
 
 def reusable(directory: Path, known: Sequence[Segment], layout: Layout) -> list[Segment]:
-    """Those of `known` that hold steps of the store; none where any of them has gone or is another run's."""
+    """Segments of `known` that hold steps of the store; none if one is missing or another run's."""
     if known and known[-1].stop > layout.inserted:
         return []
     needed = [segment for segment in known if segment.stop > layout.oldest]

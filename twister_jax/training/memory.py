@@ -7,9 +7,9 @@ from typing import Any
 from twister_jax.errors import UserError
 
 PROCESS_BYTES = 500_000_000
-"""That a process takes between its start and its first updates, beside replay and state. Measured with preset
-cpu of both agents on one core: 0.64 and 0.58 GB, the updates' own scratch, which is asked for later,
-included."""
+"""Host memory that a process takes between its start and its first updates, beside replay and state.
+Measured with preset cpu of both agents on one core: 0.64 and 0.58 GB, including the updates' own scratch,
+which is asked for later."""
 
 
 def check_memory(needed: dict[str, int], device: Any = None) -> None:

@@ -152,7 +152,7 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """That the run has taken, over all its processes."""
+        """Wall-clock seconds that the run has taken, summed over restarts."""
         return time.monotonic() - self._started
 
     # --------------------------------------------------------------------------------- what the loop calls

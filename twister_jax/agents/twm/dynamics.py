@@ -39,7 +39,7 @@ class Predictions(NamedTuple):
     reward: Float[Array, "*batch"]
     """Mean of a unit Gaussian."""
     discount: Bernoulli
-    """Its mean is the predicted discount."""
+    """The mean is the predicted discount."""
 
 
 @struct.dataclass
