@@ -26,6 +26,7 @@ _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), "-.", (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
 _HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "++", "--")
 _MARKERS = "osD^vP*X"
+_REFERENCES = "normalised 0 and 1"
 _POINTS = 60  # of a learning curve
 _MOST_COLUMNS = 4
 _STYLE: dict[Any, Any] = {
@@ -117,7 +118,8 @@ def draw(sets: Sequence[ScoreSet], against: Sequence[ScoreSet]) -> Iterator[Draw
         (
             "curves",
             "Training score over environment steps: mean over seeds with 95% interval; markers are the "
-            "evaluations at the end, grey lines published scores (after 100,000 steps).",
+            "evaluations at the end, grey lines published scores (after 100,000 steps) and what counts as 0 "
+            "and 1 when scores are normalised.",
             lambda: curves(sets, against),
         ),
         (
@@ -160,7 +162,8 @@ def curves(sets: Sequence[ScoreSet], against: Sequence[ScoreSet]) -> "Figure | N
         return None
     width = min(_MOST_COLUMNS, len(games))
     height = math.ceil(len(games) / width)
-    figure = _figure(max(4.5, 2.9 * width), 2.3 * height + 0.5)
+    inches = max(5.0, 2.9 * width)
+    figure = _figure(inches, 2.3 * height + 0.5)
     panels = figure.subplots(height, width, squeeze=False).flat
     for axes, game in zip(panels, games, strict=False):
         axes.set_title(game)
@@ -170,6 +173,8 @@ def curves(sets: Sequence[ScoreSet], against: Sequence[ScoreSet]) -> "Figure | N
         for each, dash in zip(against, itertools.cycle(_DASHES[2:])):
             if game in each.runs:
                 axes.axhline(each.raw(game).mean(), color="#666666", lw=1.1, ls=dash, label=each.name)
+        for reference in next(each for each in sets if game in each.runs).references[game]:
+            axes.axhline(reference, color="#999999", lw=0.8, ls=(0, (6, 3)), zorder=1, label=_REFERENCES)
         _thousands(axes)
     for axes in list(figure.axes)[len(games) :]:
         axes.remove()
@@ -180,7 +185,7 @@ def curves(sets: Sequence[ScoreSet], against: Sequence[ScoreSet]) -> "Figure | N
         for axes in figure.axes
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=4, frameon=False)
+    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=int(inches // 2.2), frameon=False)
     return figure
 
 
