@@ -77,15 +77,20 @@ def complete(config: Config) -> Config:
     return dataclasses.replace(config, precision=precision, logdir=logdir)
 
 
-def differences_from_paper(config: Config) -> str:
-    """One line for people: what differs from the published settings, with those in brackets."""
+def different_from_paper(config: Config) -> list[str]:
+    """What differs from the published settings, with those in brackets."""
     published = dataclasses.replace(make_config(config.agent, "paper", config.game), precision="float32")
-    changed = [
+    return [
         f"{name} {show(new)} ({show(old)})"
         for name, (new, old) in fields.differences(config, published).items()
         if name not in ("game", "agent", "preset", "seed", "logdir", *_WHERE)
         and (name, new) != ("precision", AUTO)
     ]
+
+
+def differences_from_paper(config: Config) -> str:
+    """The same as one line for people."""
+    changed = different_from_paper(config)
     return "differs from paper: " + ", ".join(changed) if changed else "settings: as published (paper)"
 
 

@@ -12,8 +12,10 @@ from twister_jax.envs.base import Episode
 from twister_jax.errors import UserError
 from twister_jax.presets import make_config
 from twister_jax.training import evaluation
+from twister_jax.view.drawing import number
+from twister_jax.view.dream import dream
 from twister_jax.view.games import Game, Games
-from twister_jax.view.watch import chosen
+from twister_jax.view.watch import chosen, draw, watch
 
 
 @pytest.fixture
@@ -92,6 +94,45 @@ def test_the_best_the_median_and_the_worst():
     ]
     assert list(chosen(ranked[:2])) == ["best", "worst"]
     assert list(chosen(ranked[:1])) == ["best"]
+
+
+def test_frames_of_a_video_have_one_size(policy, games):
+    game = games.games[0]
+    played = games.played(game)
+    frame = next(games.show(game))
+    sizes = {
+        draw(policy, frame._replace(score=score, reward=score, value=value), time, played).shape
+        for time, score, value in ((0, 0.0, 0.0), (3, 123_456.0, -1e9), (9, -0.001, None))
+    }
+    assert len(sizes) == 1
+    assert draw(policy, frame, 0, played, ["dream"]).shape[1] < next(iter(sizes))[1]
+
+
+def test_values_are_drawn_as_far_as_the_game_has_come(policy, games):
+    game = games.games[0]
+    frame, played = next(games.show(game)), games.played(game)
+    early, late = (draw(policy, frame, time, played).astype(int) for time in (2, 8))
+    assert early.shape == late.shape
+    changed = np.flatnonzero((early != late).any(axis=(0, 2)))
+    assert changed.min() > early.shape[1] * 0.2, "what was drawn stays"
+
+
+def test_nothing_is_played_where_no_video_can_be_written(policy, tmp_path, monkeypatch):
+    def missing(*_):
+        raise UserError("a video needs imageio")
+
+    monkeypatch.setattr("twister_jax.view.drawing.require", missing)
+    monkeypatch.setattr("twister_jax.view.watch.Games", None)
+    for look in (lambda: watch(policy, tmp_path, 3), lambda: dream(policy, tmp_path, 4, 4)):
+        with pytest.raises(UserError, match="needs imageio"):
+            look()
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(0.0, "0"), (-1.0, "-1"), (12345.0, "12,345"), (0.9996, "1.00"), (-0.001, "0.00")]
+)
+def test_numbers_for_people(value, shown):
+    assert number(value) == shown
 
 
 def test_watch_writes_videos_and_a_contact_sheet(run, capsys):

@@ -1,5 +1,6 @@
 """The page about a run: what is on it, that it needs nothing else, and what it warns of."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 from twister_jax.cli import main
-from twister_jax.view import report, warnings
+from twister_jax.view import plots, report, warnings
 
 
 @pytest.fixture
@@ -118,3 +119,56 @@ def test_text_of_a_stranger_is_not_run(copy):
         file.write(json.dumps(row) + "\n")
     assert main(["report", str(copy)]) == 0
     assert "<script>" not in (copy / "report.html").read_text()
+
+
+def test_notes_of_the_run_are_warnings(copy):
+    record = report.read(copy)
+    host = {"counters": {"notes": ["resumed at step 30 with new episodes"]}}
+    assert warnings.of(dataclasses.replace(record, host=host)) == ["resumed at step 30 with new episodes"]
+
+
+def test_resumptions_are_counted(copy):
+    assert "resumed" not in report.facts(report.read(copy))["time"]
+    (copy / "events.out.tfevents.2.host").write_bytes(b"")
+    assert report.facts(report.read(copy))["time"].endswith("resumed 1 time")
+
+
+def test_runs_that_are_called_alike_are_told_apart(copy, tmp_path):
+    shutil.copytree(copy, tmp_path / "again" / copy.name)
+    records = [report.read(copy), report.read(tmp_path / "again" / copy.name)]
+    page = report.render(records)
+    for record in records:
+        assert f"Minimal on Catch, seed 0 ({record.directory})" in page
+
+
+def test_the_newest_of_every_kind_is_shown(copy):
+    videos = copy / "videos"
+    videos.mkdir()
+    for name in ("watch-0000020-best.mp4", "watch-0000060-best.mp4", "watch-0000060-worst.mp4"):
+        (videos / name).write_bytes(name.encode())
+    (videos / "watch-0000060-median.mp4").write_bytes(bytes(report.LARGEST_VIDEO + 1))
+    (videos / "watch-0000060-sheet.png").write_bytes(b"no picture")
+    shown = report.media(report.read(copy))["How it plays"]
+    captions = [item["caption"] for item in shown]
+    assert captions[0] == (
+        "These games at a glance, after 60 steps: videos/watch-0000060-sheet.png is not shown here (damaged)"
+    )
+    assert captions[1] == "The best game, after 60 steps"
+    assert captions[2].startswith("The median game, after 60 steps: videos/watch-0000060-median.mp4 is not")
+    assert [bool(item["data"]) for item in shown] == [False, True, False, True]
+
+
+def test_metrics_that_stay_silent_have_no_plot(copy):
+    rows = rows_of(copy)
+    assert "health/skipped" in rows[-1]
+    assert "Skipped updates" not in plots.curves({"run": rows})
+    rows[-1]["health/skipped"] = 2
+    assert len(plots.curves({"run": rows})["Skipped updates"]) == 1
+
+
+def test_siblings_of_several_runs_have_one_name_for_each_run():
+    rows = [{"env_steps": step, **{f"losses/part_{k}": step + k for k in range(9)}} for step in (1, 2)]
+    (alone,) = plots.curves({"run": rows})["Losses"]
+    assert [alone.count(f">part_{k}</text>") for k in (0, 1, 8)] == [1, 0, 1]
+    (both,) = plots.curves({"here": rows, "there": rows})["Losses"]
+    assert [both.count(f">{name}</text>") for name in ("here", "there")] == [1, 1]

@@ -28,7 +28,11 @@ SHOWN = 4
 STRIPS = 2
 """Starts in the picture."""
 STRIP_STEPS = 16
-"""Steps of the picture's strips."""
+"""Most steps of the picture's strips."""
+STRIP_SIZE = 128
+STRIP_GAP = 4
+LINES = ("reward", "predicted", "end", "predicted")
+LEGEND = "red frame: nothing of the game is seen any more, only the actions are known"
 RATE = 4
 SIZE = 192
 
@@ -75,6 +79,7 @@ def dream(
       UserError: the agent has no world model, the environments fail, something is not installed, or a file
         cannot be written.
     """
+    drawing.require_video()
     world_model, say = dream_of(policy), Progress().say
     plt = require("matplotlib.pyplot", "view", "a curve")
     stem = f"dream-{policy.about.get('env_steps', 0):07d}"
@@ -90,7 +95,7 @@ def dream(
     ]
     order = np.argsort(-found.known.sum(axis=1), kind="stable")  # those that can be foreseen longest
     strips = [strip(windows, found, learned, int(start)) for start in order[:STRIPS]]
-    drawing.save_png(files[0], drawing.stack(strips))
+    drawing.save_png(files[0], drawing.stack([drawing.heading(LEGEND), *strips], 2 * STRIP_GAP))
     frames = (
         drawing.stack([panels(windows, found, learned, int(start), time) for start in order[:SHOWN]])
         for time in range(CONTEXT + horizon)
@@ -101,14 +106,18 @@ def dream(
     }
     text = json.dumps({"env_steps": policy.about.get("env_steps"), "context": CONTEXT, **values}, indent=1)
     drawing.save(files[2], text + "\n")
-    drawing.save_png(files[3], curve(plt, trust))
+    drawing.save_png(
+        files[3], curve(plt, trust, f"{policy.config.game} after {policy.about.get('env_steps', 0):,} steps")
+    )
     say(summary(trust))
     for path in files:
         say(f"→ {path}")
 
     say("free dreams, played like games:")
     free = record(policy, STARTS, CONTEXT, seed=1, make_env=make_env)
-    return files + watch(policy, directory, STARTS // 2, make_vector_env(policy, free), f"{stem}-free")
+    return files + watch(
+        policy, directory, STARTS // 2, make_vector_env(policy, free), f"{stem}-free", titles=["dream"]
+    )
 
 
 def trust_of(windows: Transition, found: OpenLoop, learned: np.ndarray) -> Trust:
@@ -158,43 +167,39 @@ def _rows(windows: Transition, found: OpenLoop, start: int, time: int) -> list[P
 
 
 def _words(windows: Transition, found: OpenLoop, learned: np.ndarray, start: int, time: int) -> list[str]:
-    """Reward and end of one step: what was real, and what was predicted of it."""
-    ended = "yes" if windows.terminal[start, time] else "no"
+    """In the order of `LINES`."""
     predicted, continues = found.foreseen.reward[start, time], found.foreseen.continues[start, time]
-    return [
-        f"real {learned[start, time]:+.2f} end {ended}",
-        f"pred {predicted:+.2f} end {1 - continues:.0%}",
-    ]
+    ended = "yes" if windows.terminal[start, time] else "no"
+    return [f"{learned[start, time]:+z.2f}", f"{predicted:+z.2f}", ended, f"{1 - continues:.0%}"]
 
 
 def strip(windows: Transition, found: OpenLoop, learned: np.ndarray, start: int) -> Picture:
-    """Four rows over time, from the context on; what is dreamt has a frame, what cannot be known is dark."""
-    scale, columns = 128, []
-    first = CONTEXT - 3
-    for time in range(first, min(first + STRIP_STEPS, found.known.shape[1])):
-        rows = _rows(windows, found, start, time)
-        tall = drawing.stack([drawing.enlarge(row, scale) for row in rows])
-        if not found.known[start, time]:
-            tall = tall // 4
-        since = time - CONTEXT + 1
+    """Four rows over time, from the context's last steps to the episode's end; what is dreamt has a frame."""
+    first, columns = CONTEXT - 3, []
+    for time in range(first, min(first + STRIP_STEPS, int(found.known[start].sum()))):
+        rows = [drawing.enlarge(row, STRIP_SIZE) for row in _rows(windows, found, start, time)]
+        tall, since = drawing.stack(rows, STRIP_GAP), time - CONTEXT + 1
         title = f"dreamt {since}" if since > 0 else "seen"
-        words = _words(windows, found, learned, start, time)
-        columns.append(drawing.beside([tall], [title], words, border=since > 0))
-    return np.concatenate([drawing.labels(ROWS, columns[0].shape[0], scale), *columns], axis=1)
+        columns.append(
+            drawing.beside([tall], [title], _words(windows, found, learned, start, time), border=since > 0)
+        )
+    names = drawing.labels(ROWS, LINES, columns[0].shape[0], rows[0].shape[0] + STRIP_GAP)
+    return np.concatenate([names, *columns], axis=1)
 
 
 def panels(windows: Transition, found: OpenLoop, learned: np.ndarray, start: int, time: int) -> Picture:
     """A frame of the video: the four pictures of one step side by side."""
     pictures = [drawing.enlarge(row, SIZE) for row in _rows(windows, found, start, time)]
     since = time - CONTEXT + 1
-    state = f"dreamt for {since} steps" if since > 0 else "seen"
+    state = "seen" if since <= 0 else f"dreamt for {since} step{'s' if since > 1 else ''}"
     if not found.known[start, time]:
         state, pictures = "after the episode's end", [picture // 4 for picture in pictures]
-    line = "   ".join([state.ljust(24), *_words(windows, found, learned, start, time)])
-    return drawing.beside(pictures, ROWS, [line], border=since > 0)
+    reward, reward_predicted, end, end_predicted = _words(windows, found, learned, start, time)
+    line = f"reward {reward} (predicted {reward_predicted})   end {end} (predicted {end_predicted})"
+    return drawing.beside(pictures, ROWS, [state, line], border=since > 0)
 
 
-def curve(plt: Any, trust: Trust) -> Picture:
+def curve(plt: Any, trust: Trust, title: str) -> Picture:
     """Errors against the horizon."""
     steps = np.arange(1, len(trust.image) + 1)
     plots = {
@@ -204,9 +209,12 @@ def curve(plt: Any, trust: Trust) -> Picture:
             "last image repeated": trust.frozen,
         },
         "reward: mean error": {"foreseen": trust.reward, "seen": trust.seen_reward},
-        "going on: mean error of the probability": {"foreseen": trust.continues},
+        "end: mean error of its probability": {"foreseen": trust.continues},
     }
-    figure, axes = plt.subplots(1, len(plots), figsize=(13, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, len(plots), figsize=(13, 4), layout="constrained")
+    figure.suptitle(
+        f"{title}: how far the model can be trusted (mean over up to {trust.starts.max():.0f} starts)"
+    )
     for axis, (title, lines) in zip(axes, plots.items(), strict=True):
         for name, values in lines.items():
             axis.plot(steps, values, label=name, marker="." if len(steps) < 40 else None)

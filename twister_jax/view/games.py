@@ -37,6 +37,17 @@ class Game:
     stop: int
 
 
+class Played(NamedTuple):
+    """What is remembered of every step."""
+
+    action: np.ndarray | None
+    """The vector [action] that led to it; None at the very first."""
+    reward: float
+    is_first: bool
+    value: float | None
+    """As in `Frame`."""
+
+
 class Frame(NamedTuple):
     """A step of a game as people see it."""
 
@@ -77,7 +88,7 @@ class Games:
         self._policy, self._make_env = policy, make_env
         self._per_env = games_per_env(episodes, config.evaluation.num_envs)
         self._seed = int(generator_for(config.seed, Purpose.EVALUATION_ENVIRONMENT).integers(2**31))
-        self._steps: list[list[_Step]] = [[] for _ in self._per_env]
+        self._steps: list[list[Played]] = [[] for _ in self._per_env]
         self._left = list(self._per_env)
         self.games: list[Game] = []
         self._watcher = _Watcher(policy, len(self._per_env)) if policy.agent.dream else None
@@ -94,6 +105,10 @@ class Games:
     def ranked(self) -> list[Game]:
         """All games, the best first."""
         return sorted(self.games, key=lambda game: -game.episode.score)
+
+    def played(self, game: Game) -> list[Played]:
+        """The steps of a game, as many as `show` has frames."""
+        return self._steps[game.episode.env][game.first : game.stop]
 
     def show(self, game: Game) -> Iterator[Frame]:
         """Plays a game again.
@@ -138,7 +153,7 @@ class Games:
             if not self._left[index]:
                 continue
             steps.append(
-                _Step(
+                Played(
                     None if actions is None else actions[index],
                     float(step.reward[index]),
                     bool(step.is_first[index]),
@@ -151,13 +166,6 @@ class Games:
             stop = len(self._steps[episode.env]) - int(step.is_first[episode.env])
             self.games.append(Game(episode, max(earlier, default=0), stop))
             self._left[episode.env] -= 1
-
-
-class _Step(NamedTuple):
-    action: np.ndarray | None
-    reward: float
-    is_first: bool
-    value: float | None
 
 
 class _Watcher:

@@ -11,9 +11,13 @@ from twister_jax.view.extras import require
 
 POINTS = 400
 """Most points of a curve: a page stays small, whatever the run's length."""
+MANY = 6
+"""Lines in a plot from which on not each has a colour and a name of its own."""
+SILENT = ("skipped", "longest")
+"""Metrics that are shown only where they are not 0 throughout."""
 GROUPS = ("episode", "losses", "imagination", "entropy", "replay", "gradient_norm")
 """In the order of the page; other groups follow, by name."""
-TITLES = {"episode": "Scores while training", "losses": "Losses", "pace": "Pace"}
+TITLES = {"episode": "Scores while training", "health": "Skipped updates", "pace": "Pace"}
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -39,44 +43,56 @@ def curves(runs: Mapping[str, Rows]) -> dict[str, list[str]]:
         found[title] = [_svg(runs, shown, members) for shown, members in plots[group].items()]
     if any(len(rows) > 1 for rows in runs.values()):
         found[TITLES["pace"]] = [_pace(runs)]
-    return {title: [svg for svg in each if svg] for title, each in found.items()}
+    drawn = {title: [svg for svg in each if svg] for title, each in found.items()}
+    return {title: each for title, each in drawn.items() if each}
 
 
 def _svg(runs: Mapping[str, Rows], title: str, names: Sequence[str]) -> str:
-    lines = {}
+    lines = []
     for run, rows in runs.items():
-        for index, name in enumerate(names):
+        for name in names:
             points = [(row["env_steps"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
             if points:
-                label = run if len(names) == 1 else name.rsplit("/", 1)[-1]
-                lines[(label, index, run)] = np.array(points, float).T
-    return _draw(title, "steps", list(lines.values()), [key[0] for key in lines], len(runs) > 1)
+                label = run if len(runs) > 1 else name.rsplit("/", 1)[-1]
+                lines.append((label, np.array(points, float).T))
+    if title in SILENT and not any(line[1].any() for _, line in lines):
+        return ""
+    return _draw(title, "steps", lines)
 
 
 def _pace(runs: Mapping[str, Rows]) -> str:
     lines = []
-    for rows in runs.values():
+    for run, rows in runs.items():
         steps = np.array([row["env_steps"] for row in rows], float)
         hours = np.array([row.get("wall_seconds") or np.nan for row in rows], float) / 3600
-        lines.append(np.stack([hours, steps]))
-    return _draw("steps over hours", "hours", lines, list(runs), len(runs) > 1)
+        lines.append((run, np.stack([hours, steps])))
+    return _draw("steps over hours", "hours", lines)
 
 
-def _draw(title: str, xlabel: str, lines: Sequence[np.ndarray], labels: Sequence[str], legend: bool) -> str:
-    """One SVG element."""
+def _draw(title: str, xlabel: str, lines: Sequence[tuple[str, np.ndarray]]) -> str:
+    """One SVG element; lines of one label have one colour."""
     if not lines:
         return ""
     import matplotlib.pyplot as plt
 
+    labels = list(dict.fromkeys(label for label, _ in lines))
+    many = len(labels) > MANY
     with plt.rc_context({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": title}):
         figure, axis = plt.subplots(figsize=(4.2, 2.5), layout="constrained")
-        for label, line in zip(labels, lines, strict=True):
+        named = set()
+        for label, line in lines:
             every = -(-line.shape[1] // POINTS)
             x, y = line[:, ::every]
-            axis.plot(x, y, label=_plain(label), linewidth=1.2, marker="." if x.size < 3 else None)
+            index = labels.index(label)
+            color = plt.get_cmap("viridis")(index / len(labels)) if many else f"C{index}"
+            # Of many siblings the first and the last have a name; the colours lead from one to the other.
+            shown = label not in named and (not many or index in (0, len(labels) - 1))
+            named.add(label)
+            name = _plain(label) if shown else "_"
+            axis.plot(x, y, label=name, color=color, linewidth=1.2, marker="." if x.size < 3 else None)
         axis.set(title=_plain(title), xlabel=xlabel)
         axis.grid(alpha=0.3)
-        if legend or 1 < len(lines) <= 4:
+        if len(labels) > 1:
             axis.legend(fontsize=7)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg")

@@ -6,10 +6,14 @@ It reads the files of a run directory alone, so it can be written while the run 
 import base64
 import dataclasses
 import datetime
+import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from twister_jax import agents, fields, files, presets
 from twister_jax.config import Config
@@ -24,7 +28,22 @@ LARGEST_VIDEO = 3_000_000
 """Bytes of a video that is put into the page; of others it has the name."""
 PICTURES = 4
 """Training's pictures that are shown, from the first to the newest."""
+CAPTIONS = {
+    "watch-sheet": "These games at a glance",
+    "watch-best": "The best game",
+    "watch-median": "The median game",
+    "watch-worst": "The worst game",
+    "dream-trust": "How far the world model can be trusted",
+    "dream-open_loop": "What it foresees, beside the truth",
+    "dream-free-sheet": "Free dreams at a glance",
+    "dream-free-best": "A free dream, played by the policy: the best",
+    "dream-free-median": "The median dream",
+    "dream-free-worst": "The worst dream",
+    "open_loop": "Truth, reconstruction, imagination and difference; the red line parts what was seen",
+}
+"""Of pictures and videos, in their order on the page."""
 _MOST_BYTES = 1 << 28
+_UNKNOWN = "—"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,24 +154,27 @@ def render(records: Sequence[Record]) -> str:
         heads=[] if alone else labels,
         table=table(records),
         curves=plots.curves({name: record.rows for name, record in zip(labels, records, strict=True)}),
-        media=[item for record in records for item in media(record)] if alone else [],
+        media=media(alone) if alone else {},
         details=details(records, labels),
     )
 
 
 def _label(record: Record, among: Sequence[Record]) -> str:
-    """The run's name, with its directory where others are called alike."""
-    alike = sum(record.name == other.name for other in among) > 1
-    return f"{record.name} ({record.directory.name})" if alike else record.name
+    """The run's name, with as much of its directory as tells it from others."""
+    alike = [other for other in among if other.name == record.name]
+    if len(alike) == 1:
+        return record.name
+    same = [other for other in alike if other.directory.name == record.directory.name]
+    return f"{record.name} ({record.directory.name if len(same) == 1 else record.directory})"
 
 
 def table(records: Sequence[Record]) -> dict[str, list[str]]:
-    """For each fact its value in every run."""
+    """For each fact its value in every run; without those that are known of none."""
     rows: dict[str, list[str]] = {}
     for record in records:
         for name, value in facts(record).items():
             rows.setdefault(name, []).append(value)
-    return rows
+    return {name: values for name, values in rows.items() if set(values) != {_UNKNOWN}}
 
 
 def facts(record: Record) -> dict[str, str]:
@@ -164,7 +186,7 @@ def facts(record: Record) -> dict[str, str]:
     machine = numerics if isinstance(numerics, dict) else {}
     protocol = evaluation.get("protocol", {})
     human = evaluation.get("human_normalized")
-    unknown = "—"
+    threads = machine.get("threads")
     return {
         "state": f"{steps:,} of {config.train.steps:,} steps, {newest.get('updates', 0):,} updates",
         "evaluation": (
@@ -173,53 +195,88 @@ def facts(record: Record) -> dict[str, str]:
             if evaluation
             else "not yet"
         ),
-        "human-normalised": unknown if human is None else f"{human:.3f}",
-        "score while training": f"{sum(recent) / len(recent):g} (mean of the newest rows)"
+        "human-normalised": _UNKNOWN if human is None else f"{human:.3f}",
+        "score while training": f"{sum(recent) / len(recent):.4g}, mean of the newest {len(recent)} rows"
         if recent
-        else unknown,
-        "time": duration(seconds),
-        "pace": f"{steps / seconds:.2f} steps/s in all" if seconds else unknown,
-        "settings": f"preset {config.preset}; {presets.differences_from_paper(config)}",
+        else _UNKNOWN,
+        "time": f"{duration(seconds)}{_resumed(record)}",
+        "pace": f"{steps / seconds:.2f} steps/s in all" if seconds else _UNKNOWN,
+        "preset": config.preset,
+        "differs from paper in": f"{len(presets.different_from_paper(config))} settings, listed below",
         "precision": config.precision,
         "machine": ", ".join(
-            f"{value} {name}" if name == "threads" else str(value)
-            for name, value in ((n, machine.get(n)) for n in ("device", "processor", "threads"))
-            if value
+            [
+                *([f"{machine.get('devices', 1)} × {machine['device']}"] if machine.get("device") else ()),
+                *([f"{threads} thread{'s' if threads > 1 else ''}"] if isinstance(threads, int) else ()),
+            ]
         )
-        or unknown,
-        "JAX": str(machine.get("jax", unknown)),
-        "commit": str(protocol.get("commit") or unknown),
+        or _UNKNOWN,
+        "JAX": str(machine.get("jax", _UNKNOWN)),
+        "commit": str(protocol.get("commit") or _UNKNOWN)[:12],
     }
 
 
-def media(record: Record) -> list[dict[str, str]]:
-    """Pictures through training, then what `dream` and `watch` wrote."""
+def _resumed(record: Record) -> str:
+    """How often: every start of a run opens a file of events."""
+    times = len(list(record.directory.glob("events.*"))) - 1
+    return f", resumed {times} time{'s' if times > 1 else ''}" if times > 0 else ""
+
+
+def media(record: Record) -> dict[str, list[dict[str, Any]]]:
+    """The newest of what `watch` and `dream` wrote, and pictures through training, by title of a section."""
     directory = record.directory
     pictures = sorted((directory / "pictures").glob("*.png"))
     if len(pictures) > PICTURES:
         last = len(pictures) - 1
         pictures = [pictures[round(i * last / (PICTURES - 1))] for i in range(PICTURES)]
-    more = [path for folder in ("dreams", "videos") for path in sorted((directory / folder).glob("*.*"))]
-    return [item for path in (*pictures, *more) if (item := _item(directory, path))]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for title, paths in (
+        ("How it plays", _newest(directory / "videos")),
+        ("What it dreams", _newest(directory / "dreams")),
+        ("What it saw while training", pictures),
+    ):
+        if items := [item for path in paths if (item := _item(directory, path))]:
+            found[title] = items
+    return found
 
 
-def _item(directory: Path, path: Path) -> dict[str, str] | None:
+def _kind_and_step(path: Path) -> tuple[str, int]:
+    """Of `watch-0001000-best.mp4`: what is left without the step, and the step."""
+    found = re.fullmatch(r"(\w+?)-(\d+)(-[\w-]+)?", path.stem)
+    return (found[1] + (found[3] or ""), int(found[2])) if found else (path.stem, 0)
+
+
+def _newest(folder: Path) -> list[Path]:
+    """The newest file of every kind, in the order of `CAPTIONS`."""
+    newest = {}
+    for path in sorted(folder.glob("*.*"), key=lambda path: (_kind_and_step(path)[1], path.name)):
+        newest[_kind_and_step(path)[0] + path.suffix] = path
+    order = list(CAPTIONS)
+
+    def place(path: Path) -> int:
+        kind = _kind_and_step(path)[0]
+        return order.index(kind) if kind in order else len(order)
+
+    return sorted(newest.values(), key=lambda path: (place(path), path.name))
+
+
+def _item(directory: Path, path: Path) -> dict[str, Any] | None:
     kinds = {".png": "picture", ".mp4": "video"}
     if path.suffix not in kinds or path.name.startswith("."):
         return None
-    name = str(path.relative_to(directory))
+    name, (kind, step) = str(path.relative_to(directory)), _kind_and_step(path)
+    caption = f"{CAPTIONS[kind]}, after {step:,} steps" if kind in CAPTIONS else name
+    item = {"kind": kinds[path.suffix], "name": name, "data": "", "width": 0}
     try:
         files.check_directory(path.parent)
         data = files.read(path, LARGEST_VIDEO)
-    except OSError as error:
-        return {
-            "kind": kinds[path.suffix],
-            "name": name,
-            "data": "",
-            "caption": f"{name}: not shown ({error.strerror})",
-        }
-    text = base64.b64encode(data).decode()
-    return {"kind": kinds[path.suffix], "name": name, "data": text, "caption": name}
+        if path.suffix == ".png":
+            with Image.open(io.BytesIO(data)) as picture:
+                item["width"] = picture.width
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "damaged"
+        return item | {"caption": f"{caption}: {name} is not shown here ({why})"}
+    return item | {"data": base64.b64encode(data).decode(), "caption": caption}
 
 
 def details(records: Sequence[Record], labels: Sequence[str]) -> dict[str, str]:
@@ -236,6 +293,10 @@ def details(records: Sequence[Record], labels: Sequence[str]) -> dict[str, str]:
         found["Settings that differ"] = "\n".join(f"{n}: {' | '.join(v)}" for n, v in different.items())
     for label, record in zip(labels, records, strict=True):
         prefix = "" if len(records) == 1 else f"{label}: "
+        if different_here := presets.different_from_paper(record.config):
+            found[f"{prefix}differences from the paper, whose settings stand in brackets"] = "\n".join(
+                different_here
+            )
         found[f"{prefix}all settings"] = json.dumps(record.config.to_dict(), indent=1)
         if record.evaluation:
             found[f"{prefix}evaluation and its protocol"] = json.dumps(record.evaluation, indent=1)

@@ -17,8 +17,8 @@ from twister_jax.errors import UserError
 from twister_jax.files import one_line
 from twister_jax.training import state_files
 from twister_jax.training.load import spec_of
+from twister_jax.view import tensors
 from twister_jax.view.drawing import save
-from twister_jax.view.extras import require
 
 KEY = "twister_jax"
 """Of the one entry of the file's metadata, a JSON object."""
@@ -29,13 +29,12 @@ def write(path: Path, state: State, about: Mapping[str, Any]) -> None:
     """Writes what acting and dreaming need of a state; `about` must have `config` and `spec`.
 
     Raises:
-      UserError: safetensors is not installed, or the file cannot be written.
+      UserError: the file cannot be written.
     """
-    safetensors = require("safetensors.numpy", "view", "a policy file")
     fetched = state_files.fetch(acting_part(state))
     arrays = {name: np.asarray(leaf, order="C") for name, leaf in fetched.items()}
     metadata = {KEY: json.dumps({"format": FORMAT, **about})}
-    save(path, safetensors.save(arrays, metadata))
+    save(path, tensors.dump(arrays, metadata))
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
@@ -52,13 +51,12 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
             raise UserError(f"{path} cannot be read as .npz: {one_line(error)}") from None
     if path.suffix != ".safetensors":
         raise UserError(f"{path} is no policy: expected a run directory, a .safetensors or an .npz file")
-    safetensors = require("safetensors", "view", "a policy file")
     try:
-        with safetensors.safe_open(str(path), framework="numpy") as file:
-            metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
-    except Exception as error:  # SafetensorError, and TypeError for numbers that NumPy does not have
-        raise UserError(f"{path} is damaged or no safetensors file: {one_line(error)}") from None
+        arrays, metadata = tensors.parse(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged or no safetensors file: {error}") from None
     if KEY not in metadata:
         return arrays, None
     try:

@@ -1,0 +1,80 @@
+"""The safetensors format: a header in JSON that says where each array lies, and the arrays; no code.
+
+Eight bytes of length, the header, and the arrays' bytes, little-endian, in C order and without gaps
+(https://github.com/huggingface/safetensors#format). It is read and written here so that a policy needs no
+package besides those that run it.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+_DTYPES = {
+    "BOOL": np.bool_,
+    **{f"{kind}{8 * size}": np.dtype(f"{kind.lower()}{size}") for kind in "UI" for size in (1, 2, 4, 8)},
+    "BF16": jnp.bfloat16,
+    **{f"F{8 * size}": np.dtype(f"f{size}") for size in (2, 4, 8)},
+}
+_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+_METADATA = "__metadata__"
+_LENGTH = 8
+"""Bytes of the header's length; headers are padded to a multiple of it, so that arrays are aligned."""
+
+
+def dump(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """Arrays and words about them as one file."""
+    # The widest numbers first: all are aligned.
+    names = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
+    header: dict[str, Any] = {_METADATA: dict(metadata)}
+    pieces, end = [], 0
+    for name in names:
+        array = arrays[name]
+        begin, end = end, end + array.nbytes
+        header[name] = {
+            "dtype": _NAMES[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [begin, end],
+        }
+        pieces.append(array.tobytes())
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % _LENGTH)
+    return b"".join([len(text).to_bytes(_LENGTH, "little"), text, *pieces])
+
+
+def parse(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Arrays by name, and the words about them.
+
+    Raises:
+      ValueError: the file is damaged, or of another format; the message says what is wrong.
+    """
+    start = _LENGTH + int.from_bytes(data[:_LENGTH], "little")
+    if not _LENGTH < start <= len(data):
+        raise ValueError("it does not begin with a header")
+    try:
+        header = json.loads(data[_LENGTH:start])
+        metadata = dict(header.pop(_METADATA, {}))
+        entries = [
+            (int(begin), int(end), name, str(entry["dtype"]), tuple(int(size) for size in entry["shape"]))
+            for name, entry in header.items()
+            for begin, end in [entry["data_offsets"]]
+        ]
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+        raise ValueError("its header cannot be read") from None
+    arrays, expected = {}, 0
+    for begin, end, name, kind, shape in sorted(entries):
+        if kind not in _DTYPES:
+            raise ValueError(f"{name} has numbers of type {kind}, which are not supported")
+        dtype, count = np.dtype(_DTYPES[kind]), math.prod(shape)
+        if min(shape, default=0) < 0 or begin != expected or end - begin != count * dtype.itemsize:
+            raise ValueError(f"its header contradicts itself about {name}")
+        if start + end > len(data):
+            raise ValueError(f"it ends in the midst of {name}, after {len(data):,} bytes")
+        arrays[name] = np.frombuffer(data, dtype, count, start + begin).reshape(shape)
+        expected = end
+    if start + expected != len(data):
+        raise ValueError(f"{len(data) - start - expected:,} bytes follow the last array")
+    return arrays, metadata
