@@ -111,6 +111,9 @@ def test_errors_against_the_horizon_are_of_what_can_be_foreseen():
     np.testing.assert_allclose(trust.continues, [0.25, 0.75])
     np.testing.assert_allclose(trust.starts, [2, 1])
     assert "better than the last image repeated at every step" in summary(trust)
+    for image, said in (([0.5, 2.0], "up to step 1;"), ([2.0, 0.5], "nowhere;")):
+        worse = dataclasses.replace(trust, image=np.array(image))
+        assert f"better than the last image repeated {said}" in summary(worse)
 
 
 def test_dream_writes_pictures_videos_and_numbers(run, capsys, monkeypatch):

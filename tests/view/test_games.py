@@ -113,7 +113,7 @@ def test_values_are_drawn_as_far_as_the_game_has_come(policy, games):
     frame, played = next(games.show(game)), games.played(game)
     early, late = (draw(policy, frame, time, played).astype(int) for time in (2, 8))
     assert early.shape == late.shape
-    changed = np.flatnonzero((early != late).any(axis=(0, 2)))
+    changed = np.flatnonzero((early != late)[-60:].any(axis=(0, 2)))
     assert changed.min() > early.shape[1] * 0.2, "what was drawn stays"
 
 

@@ -189,6 +189,7 @@ def save_video(path: Path, frames: Iterable[Picture], rate: int) -> int:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         options = {"format": "FFMPEG", "fps": rate, "codec": "libx264", "macro_block_size": 2}
+        options["ffmpeg_log_level"] = "error"
         with warnings.catch_warnings(), imageio.get_writer(temporary, **options) as video:
             # JAX warns of every fork; what is forked here becomes another program at once.
             warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)

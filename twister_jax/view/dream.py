@@ -146,7 +146,7 @@ def summary(trust: Trust) -> str:
     if np.isnan(trust.image).all():
         return "nothing could be foreseen: every episode ended with its context"
     useless = np.flatnonzero(trust.image > trust.frozen - 1e-6)
-    until = f"up to step {useless[0]}" if useless.size else "at every step"
+    until = "at every step" if not useless.size else f"up to step {useless[0]}" if useless[0] else "nowhere"
     last = np.flatnonzero(~np.isnan(trust.image))[-1]
     return (
         f"error of a pixel {trust.image[0]:.4f} after 1 step, {trust.image[last]:.4f} after {last + 1} "
