@@ -185,7 +185,8 @@ def curves(sets: Sequence[ScoreSet], against: Sequence[ScoreSet]) -> "Figure | N
         for axes in figure.axes
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=int(inches // 2.2), frameon=False)
+    columns = int(inches // 2.2)
+    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=columns, frameon=False)
     return figure
 
 
