@@ -41,7 +41,7 @@ def test_the_paper_preset_is_the_paper_in_float32_alone(agent):
 
 def test_a_suite_and_an_agent_add_to_a_preset():
     """The suite's settings come over the agent's, and what an agent has for a suite over both."""
-    assert make_config(preset="cpu", game="Catch").train.steps == 1_200
+    assert make_config(preset="cpu", game="Catch").train.steps == 1_600
     assert make_config(preset="cpu", game="ContinuousCatch").train.steps == 1_500
     assert make_config(preset="cpu", game="ContinuousCatch").algorithm.batch_size == 4
     assert make_config("twm", "cpu", "Catch").train.steps == 3_000

@@ -219,7 +219,7 @@ def test_each_suite_brings_its_own_settings():
 def test_presets_of_a_suite_are_heeded():
     assert make_config(preset="debug", game="Pong").env.time_limit_frames == 2_000
     assert make_config(preset="cpu", game="Pong").env.evaluation_time_limit_frames == 18_000
-    assert make_config(preset="cpu", game="Catch").train.steps == 1_200
+    assert make_config(preset="cpu", game="Catch").train.steps == 1_600
     assert make_config(preset="paper", game="Pong").env == AtariConfig()
 
 

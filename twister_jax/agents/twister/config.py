@@ -186,7 +186,7 @@ PRESETS = {
         },
         suites={
             "atari": {"train.prefill_steps": 1_000},
-            "catch": {"train.steps": 1_200} | _TINY,
+            "catch": {"train.steps": 1_600} | _TINY,
             "ContinuousCatch": {"train.steps": 1_500},
             "remember": {"train.steps": 1_500} | _TINY,
         },
