@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 from benchmarks.bench import Bench
-from twister_jax.training.checkpoint import Checkpointer, Snapshot
+from twister_jax.training.checkpoint import Checkpointer
+from twister_jax.training.save import Snapshot
 
 SECTION = "checkpoints"
 

@@ -11,6 +11,7 @@ import errno
 import os
 import secrets
 import stat
+import weakref
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -158,6 +159,74 @@ def regular_files(directory: Path) -> Iterator[Path]:
             yield from regular_files(path)
         else:
             raise UnsafePathError(path, "not a regular file")
+
+
+class HeldDirectory:
+    """A directory by its descriptor: what is done below `at` is done in it, wherever it was moved meanwhile.
+
+    Attributes:
+      shown: what messages call it.
+      at: leads into it. Where the system does not show descriptors as paths this is the path itself, and
+        `check` tells whether it still leads there.
+
+    Args:
+      path: of the directory.
+      follow: whether its last component may be a symbolic link.
+      shown: what messages call it, by default `path`.
+
+    Raises:
+      UnsafePathError: it is a link.
+      OSError: it is missing, or no directory.
+    """
+
+    _BY_DESCRIPTOR = "/proc/self/fd/{}"
+
+    def __init__(self, path: Path, follow: bool = False, shown: Path | None = None):
+        self.shown = shown or path
+        if not follow and path.is_symlink():  # as a check for its message alone: O_NOFOLLOW is what decides
+            raise UnsafePathError(self.shown, "a symbolic link")
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+        self._descriptor = os.open(path, flags)
+        self._close = weakref.finalize(self, os.close, self._descriptor)
+        self.at = Path(self._BY_DESCRIPTOR.format(self._descriptor))
+        if not self._leads_here():
+            self.at = path
+
+    def __enter__(self) -> "HeldDirectory":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets it go; so does its end."""
+        self._close()
+
+    def is_same(self, other: "HeldDirectory") -> bool:
+        """Whether both are one directory."""
+        return os.path.samestat(os.fstat(self._descriptor), os.fstat(other._descriptor))
+
+    def check(self) -> None:
+        """Raises `OSError` where `at` has come to lead somewhere else."""
+        if not self._leads_here():
+            raise OSError(errno.ESTALE, "it was replaced", str(self.shown))
+
+    @contextlib.contextmanager
+    def named_in_errors(self) -> Iterator[None]:
+        """In this context the messages of `OSError` have the directory's name in place of `at`."""
+        try:
+            yield
+        except OSError as error:
+            for name in ("filename", "filename2", "strerror"):
+                if isinstance(text := getattr(error, name), str):
+                    setattr(error, name, f"{text}/".replace(f"{self.at}/", f"{self.shown}/")[:-1])
+            raise
+
+    def _leads_here(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.at), os.fstat(self._descriptor))
+        except OSError:
+            return False
 
 
 # Writing

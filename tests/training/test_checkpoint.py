@@ -28,8 +28,9 @@ from twister_jax.files import UnsafePathError, UnusableError
 from twister_jax.replay import segments, store
 from twister_jax.replay.segments import Layout
 from twister_jax.replay.store import Transition
-from twister_jax.training import checkpoint, manifest
-from twister_jax.training.checkpoint import Checkpointer, Snapshot
+from twister_jax.training import manifest
+from twister_jax.training.checkpoint import Checkpointer
+from twister_jax.training.save import Save, Snapshot
 
 IMAGE, ACTIONS = (4, 4, 3), 2
 insert = jax.jit(store.insert, donate_argnums=0)
@@ -189,7 +190,7 @@ def test_restores_bit_for_bit_whatever_was_pushed(tmp_path_factory, small, pushe
         if again:
             assert run.restore() == step
     assert run.restore() == step
-    assert 1 <= len(run.checkpointer._checkpoints()) <= keep
+    assert 1 <= len(run.checkpointer.checkpoints()) <= keep
     # No segment outlives its use: none lies wholly before what the oldest checkpoint still holds.
     oldest = run.checkpointer.steps()[0]
     assert all(int(name.split("-")[1]) > oldest - capacity for name in stored_steps(run.directory))
@@ -638,9 +639,9 @@ def test_what_a_failed_save_left_cannot_come_back(tmp_path, monkeypatch, full):
     run = Run(tmp_path / "c")
     paths = []
 
-    def broken(path, draft):
-        (path / "state" / "d").mkdir(parents=True)
-        paths.append(path)
+    def broken(save):
+        paths.append(run.directory / save._temporary.name)
+        (paths[-1] / "state" / "d").mkdir(parents=True)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def touch(path, exist_ok):
@@ -651,7 +652,7 @@ def test_what_a_failed_save_left_cannot_come_back(tmp_path, monkeypatch, full):
 
     failures = []
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_write_checkpoint", broken)
+        patch.setattr(Save, "_write_checkpoint", broken)
         patch.setattr(Path, "touch", touch)
         for _ in range(2):
             failures.clear()
@@ -696,7 +697,7 @@ def test_a_failure_in_the_background_is_told_once(tmp_path, monkeypatch, caplog)
             raise OSError(errno.ENOSPC, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "_write_checkpoint", full)
+            patch.setattr(Save, "_write_checkpoint", full)
             run.checkpointer.save(step, snapshot, wait=False)
             with contextlib.suppress(OSError):
                 run.checkpointer._writing.result()

@@ -32,11 +32,12 @@ from twister_jax.errors import UserError
 from twister_jax.presets import make_config, read_config
 from twister_jax.replay import store
 from twister_jax.training import loop
-from twister_jax.training.checkpoint import Checkpointer, Snapshot
+from twister_jax.training.checkpoint import Checkpointer
 from twister_jax.training.logs import Averages, Log, MetricsFile
 from twister_jax.training.progress import Progress, duration, outlook
 from twister_jax.training.run import DivergedError, Run
 from twister_jax.training.rundir import RunDirectory
+from twister_jax.training.save import Snapshot
 from twister_jax.training.signals import Signals
 from twister_jax.training.state import updates_due
 from twister_jax.training.train import train

@@ -20,12 +20,7 @@ names above is neither opened nor deleted.
 
 import concurrent.futures
 import contextlib
-import dataclasses
-import json
 import logging
-import os
-import secrets
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,58 +30,18 @@ import numpy as np
 
 from twister_jax import files
 from twister_jax.errors import UserError
-from twister_jax.files import UnusableError, one_line
+from twister_jax.files import HeldDirectory, UnusableError, one_line
 from twister_jax.replay import segments
-from twister_jax.replay.segments import Layout, Segment
+from twister_jax.replay.segments import Segment
 from twister_jax.replay.store import Replay
 from twister_jax.training import manifest as manifests
 from twister_jax.training import state_files
 from twister_jax.training.checkpoint_directory import CheckpointDirectory
-from twister_jax.training.manifest import Manifest, order
+from twister_jax.training.save import Save, Snapshot
 
 _PAUSES = (0.1, 0.5, 2.0)  # seconds, before something is read again
 
 _log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Snapshot:
-    """All that a run needs to go on as if nothing had happened.
-
-    Attributes:
-      state: the agent's pytree of plain arrays.
-      replay: the replay store.
-      env: `VectorEnv.get_state()`.
-      host: counters of the host loop, as JSON can hold them.
-      lost: steps per stream that were damaged on disk, or older than such, and are not in `replay`.
-      visits_lost: their visit counts were damaged, and are 0 in `replay`.
-      fetch: copies steps of `replay` to the host, as `segments.fetch` does.
-    """
-
-    state: Any
-    replay: Replay
-    env: bytes
-    host: dict[str, Any]
-    lost: int = 0
-    visits_lost: bool = False
-    fetch: Callable[[Replay, int, int], np.ndarray] = segments.fetch
-
-
-@dataclasses.dataclass
-class _Draft:
-    """A checkpoint on its way from the device to the disk."""
-
-    step: int
-    state: dict[str, np.ndarray]
-    layout: Layout
-    visits: np.ndarray
-    env: bytes
-    host: dict[str, Any]
-    segments: list[Segment]
-    """Those on disk."""
-    rows: np.ndarray | None = None
-    """What the next segment is to hold, while it is not written."""
-    temporary: Path = Path()
 
 
 class Checkpointer(CheckpointDirectory):
@@ -97,8 +52,11 @@ class Checkpointer(CheckpointDirectory):
     its replay/ is a symbolic link.
     """
 
-    def __init__(self, directory: Path, keep: int = 3) -> None:
+    def __init__(self, directory: Path, keep: int = 3, check_held: Callable[[], None] = lambda: None) -> None:
+        """`check_held` raises where the directory that `directory` lies in is not this run's any more."""
         super().__init__(directory, keep)
+        self._check_held = check_held
+        self._held: HeldDirectory | None = None
         # The segments that hold the present run's steps so far: what the next save need not write again.
         self._segments: tuple[Segment, ...] = ()
         self.restored: tuple[str, bool] | None = None
@@ -119,11 +77,27 @@ class Checkpointer(CheckpointDirectory):
             self.wait()
         except OSError as error:
             _log.warning("the checkpoint before this one was not written: %s", error)
-        draft = self._begin(step, snapshot)
+        save = Save(self._hold(), self.keep, step, snapshot, self._segments)
         if wait:
-            self._finish(draft)
+            self._finish(save)
         else:
-            self._writing = self._thread.submit(self._finish, draft)
+            self._writing = self._thread.submit(self._finish, save)
+
+    def _hold(self) -> HeldDirectory:
+        """The directory, made where it is missing and looked for anew: it may have been replaced."""
+        self.directory.parent.mkdir(parents=True, exist_ok=True)
+        with HeldDirectory(self.directory.parent, follow=True) as run, run.named_in_errors():
+            self._check_held()  # now that it is open, so it is this one
+            path = run.at / self.directory.name
+            path.mkdir(exist_ok=True)
+            held = HeldDirectory(path, shown=self.directory)
+        # The same descriptor as long as it serves: threads of Orbax may still write through it.
+        if self._held is None or not self._held.is_same(held):
+            self._held = held
+        return self._held
+
+    def _finish(self, save: Save) -> None:
+        self._segments = save.finish()
 
     def wait(self) -> None:
         """Waits for what `save(..., wait=False)` left to do.
@@ -151,8 +125,9 @@ class Checkpointer(CheckpointDirectory):
           UserError: there are checkpoints but none is usable, or they belong to another model, another
             replay, or an older or newer program.
         """
-        checkpoints = self._checkpoints()
-        self._remove_temporaries()
+        checkpoints = self.checkpoints()
+        self._check_held()
+        self.remove_temporaries()
         bad: list[Path] = []
         for path in reversed(checkpoints):
             try:
@@ -162,15 +137,16 @@ class Checkpointer(CheckpointDirectory):
                 _log.warning("checkpoint %s is unusable (%s); trying the one before", path, one_line(error))
                 bad.append(path)
                 continue
-            self._set_aside(bad)
-            self._delete_unneeded_segments()
+            self._check_held()
+            self.set_aside(bad)
+            self.delete_unneeded_segments()
             return snapshot
         for path in bad:
             with contextlib.suppress(UnusableError, OSError):
                 snapshot, self._segments = self._read(path, state_like, replay_like, salvage=True)
                 self.restored = (path.name, True)
                 return snapshot
-        self._refuse_if_any(bad)
+        self.refuse_if_any(bad)
         return None
 
     def restore_the_same(self, restored: tuple[str, bool], state_like: Any, replay_like: Replay) -> Snapshot:
@@ -214,9 +190,9 @@ class Checkpointer(CheckpointDirectory):
         segments.compare(path, stored, replay_like)
         layout, visits = stored, np.zeros((stored.streams, stored.size), np.int32)
         if salvage:
-            layout, kept = segments.newest_sound(self._replay, kept, stored, replay_like.capacity)
+            layout, kept = segments.newest_sound(self.replay, kept, stored, replay_like.capacity)
         else:
-            segments.check(self._replay, kept, stored)
+            segments.check(self.replay, kept, stored)
             layout, kept = segments.for_capacity(kept, stored, replay_like.capacity)
         visits_lost = False
         try:
@@ -229,7 +205,7 @@ class Checkpointer(CheckpointDirectory):
         env = files.read(path / "env.bin", manifest.files["env.bin"].size)
         state = state_files.read(path / "state", state_like)
         visits = segments.move_visits(visits, stored, layout)
-        replay = segments.restore(self._replay, kept, layout, visits, replay_like)
+        replay = segments.restore(self.replay, kept, layout, visits, replay_like)
         lost = max(0, stored.size - layout.size)
         snapshot = Snapshot(state, replay, env, manifest.host, lost, visits_lost)
         return snapshot, kept if layout.inserted == stored.inserted else ()
@@ -249,7 +225,7 @@ class Checkpointer(CheckpointDirectory):
         for pause in (*_PAUSES, None):
             unusable: dict[Path, Exception] = {}
             there: list[int] = []
-            for path in reversed(self._checkpoints()):
+            for path in reversed(self.checkpoints()):
                 try:
                     manifest = manifests.read(path)
                     there.append(manifest.env_steps)
@@ -274,103 +250,12 @@ class Checkpointer(CheckpointDirectory):
                 raise _not_now(path, reason)
         _warn_of(unusable)
         if not there or step is None:
-            self._refuse_if_any(list(unusable))
+            self.refuse_if_any(list(unusable))
         listed = ", ".join(f"{steps:,}" for steps in sorted(set(there))) or "none"
         wanted = "no checkpoint" if step is None else f"no checkpoint of step {step:,}"
         raise UserError(
             f"{self.directory} holds {wanted} (there: {listed}); train first or name another LOGDIR"
         )
-
-    # Writing
-
-    def _begin(self, step: int, snapshot: Snapshot) -> _Draft:
-        """The part of a save that needs the device."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        files.check_directory(self.directory)
-        self._replay.mkdir(exist_ok=True)
-        self._remove_temporaries()
-        layout = Layout.of(snapshot.replay)
-        draft = _Draft(
-            step=step,
-            state=state_files.fetch(snapshot.state),
-            layout=layout,
-            visits=np.ascontiguousarray(state_files.host_copy(snapshot.replay.visits)[:, : layout.size]),
-            env=snapshot.env,
-            host=json.loads(json.dumps(snapshot.host)),
-            segments=segments.reusable(self._replay, self._segments, layout),
-            temporary=self.directory / f"tmp-{step:09d}-{secrets.token_hex(4)}",
-        )
-        at = draft.segments[-1].stop if draft.segments else layout.oldest
-        try:
-            while at < layout.inserted:
-                self._write_segment(draft)  # the one before, so that only one is ever in memory
-                stop = min(at + layout.segment, layout.inserted)
-                draft.rows = snapshot.fetch(snapshot.replay, at, stop)
-                at = stop
-        except Exception:
-            self._abandon(draft)
-            raise
-        return draft
-
-    def _finish(self, draft: _Draft) -> None:
-        """The rest of a save: everything that only needs the disk."""
-        try:
-            serial = max((s for n, s in map(order, self._checkpoints()) if n == draft.step), default=-1) + 1
-            final = self.directory / f"{draft.step:09d}-{serial}"
-            self._write_segment(draft)
-            files.fsync(self._replay, self.directory)
-            draft.temporary.mkdir()
-            _write_checkpoint(draft.temporary, draft)
-            os.rename(draft.temporary, final)
-        except Exception:
-            self._abandon(draft)
-            raise
-        self._segments = tuple(draft.segments)
-        files.fsync(self.directory, self.directory.parent)
-        self._delete_superseded(final)
-
-    def _write_segment(self, draft: _Draft) -> None:
-        """Writes the newest segment of `draft` if it is not on disk yet."""
-        if draft.rows is not None:
-            start = draft.segments[-1].stop if draft.segments else draft.layout.oldest
-            draft.segments.append(segments.write(self._replay, start, draft.rows))
-            draft.rows = None
-
-    def _abandon(self, draft: _Draft) -> None:
-        """Frees the space, which may be what was lacking; the next save removes what is left.
-
-        Orbax raises while threads of it still write, and they make directories that are missing: an empty
-        file takes the place of the draft's, so that nothing can come back.
-        """
-        path = draft.temporary
-        for _ in range(100 if path.is_dir() else 0):
-            shutil.rmtree(path, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                path.touch(exist_ok=False)
-                break
-        new = set(draft.segments) - set(self._segments)
-        segments.delete(self._replay, (segment.name for segment in new))
-
-
-def _write_checkpoint(path: Path, draft: _Draft) -> None:
-    """Fills the directory of one checkpoint, and sees it onto the disk."""
-    checksums = {
-        "env.bin": files.write_durably(path / "env.bin", draft.env),
-        "visits.npy": files.write_array(path / "visits.npy", draft.visits),
-    }
-    state_files.write(path / "state", draft.state)
-    for file in files.regular_files(path / "state"):
-        files.fsync(file)
-        checksums[file.relative_to(path).as_posix()] = files.checksum_of(file)
-    Manifest(
-        step=draft.step,
-        host=draft.host,
-        state=state_files.describe(draft.state),
-        replay=draft.layout,
-        segments=tuple(draft.segments),
-        files=checksums,
-    ).write(path)
-    files.fsync(*(p for p in path.rglob("*") if p.is_dir()), path)
 
 
 def _warn_of(unusable: dict[Path, Exception]) -> None:

@@ -24,31 +24,35 @@ _log = logging.getLogger(__name__)
 
 
 class CheckpointDirectory:
-    """Finds checkpoints and deletes what is ours and no longer needed; `keep` of them stay."""
+    """Finds checkpoints and deletes what is ours and no longer needed; `keep` of them stay.
 
-    def __init__(self, directory: Path, keep: int) -> None:
+    Where `shown` is given, `directory` leads through a descriptor, and messages call it `shown`.
+    """
+
+    def __init__(self, directory: Path, keep: int, shown: Path | None = None) -> None:
         self.directory = Path(directory).absolute()
         self.keep = keep
-        self._replay = self.directory / "replay"
+        self.replay = self.directory / "replay"
+        self._shown = shown or self.directory
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints there are, usable or not, oldest first."""
-        return sorted({step for step, _ in map(order, self._checkpoints())})
+        return sorted({step for step, _ in map(order, self.checkpoints())})
 
     def _paths(self, name: re.Pattern[str]) -> list[Path]:
         """What has such a name; nothing where the directory is missing."""
-        for path in (self.directory, self._replay):
+        for path in (self.directory, self.replay)[self.directory != self._shown :]:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 files.check_directory(path)
         if not self.directory.is_dir():
             return []
         return [path for path in self.directory.iterdir() if name.fullmatch(path.name)]
 
-    def _checkpoints(self) -> list[Path]:
+    def checkpoints(self) -> list[Path]:
         """Directories of complete checkpoints, oldest first."""
         return sorted(self._paths(CHECKPOINT_NAME), key=order)
 
-    def _refuse_if_any(self, unusable: Sequence[Path]) -> None:
+    def refuse_if_any(self, unusable: Sequence[Path]) -> None:
         """Raises `UserError` where training anew would bury something."""
         if unusable:
             raise UserError(
@@ -59,7 +63,7 @@ class CheckpointDirectory:
         foreign = sorted(
             p.name for p in self._paths(re.compile(".*", re.DOTALL)) if not known.fullmatch(p.name)
         )
-        if foreign and not self._checkpoints():
+        if foreign and not self.checkpoints():
             raise UserError(
                 f"{self.directory} holds {foreign[0]!r}, which is not a checkpoint of this program: "
                 "name another LOGDIR, or move it away"
@@ -67,22 +71,22 @@ class CheckpointDirectory:
 
     # Deleting. `shutil.rmtree` neither follows links nor deletes through them.
 
-    def _remove_temporaries(self) -> None:
+    def remove_temporaries(self) -> None:
         for path in self._paths(_TEMPORARY_NAME):
             shutil.rmtree(path, ignore_errors=True)
             with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)  # what a save that failed left: see _abandon
+                path.unlink(missing_ok=True)  # what a save that failed left: see save.py
 
-    def _delete_superseded(self, newest: Path) -> None:
+    def delete_superseded(self, newest: Path) -> None:
         """Deletes what is not among the newest `keep`; failing at it is no failure to save."""
         try:
-            older = [path for path in self._checkpoints() if path != newest]
+            older = [path for path in self.checkpoints() if path != newest]
             for path in older[: max(0, len(older) - self.keep + 1)]:
                 self._delete(path)
         except OSError as error:
-            _log.warning("cannot delete an old checkpoint in %s: %s", self.directory, error)
+            _log.warning("cannot delete an old checkpoint in %s: %s", self._shown, error.strerror)
             return
-        self._delete_unneeded_segments()
+        self.delete_unneeded_segments()
 
     def _delete(self, path: Path) -> None:
         """Deletes a checkpoint: invisible first, so that no half of one is ever found."""
@@ -90,7 +94,7 @@ class CheckpointDirectory:
         os.rename(path, hidden)
         shutil.rmtree(hidden, ignore_errors=True)
 
-    def _set_aside(self, paths: Sequence[Path]) -> None:
+    def set_aside(self, paths: Sequence[Path]) -> None:
         """Moves unusable checkpoints out of the way of those that the resumed run will write."""
         try:
             for path in paths:
@@ -99,13 +103,13 @@ class CheckpointDirectory:
             for path in aside[: max(0, len(aside) - _UNUSABLE_KEPT)]:
                 self._delete(path)
         except OSError as error:
-            _log.warning("cannot move an unusable checkpoint in %s away: %s", self.directory, error)
+            _log.warning("cannot move an unusable checkpoint in %s away: %s", self._shown, error.strerror)
 
-    def _delete_unneeded_segments(self) -> None:
+    def delete_unneeded_segments(self) -> None:
         """Deletes the segments that no checkpoint lists; none while one cannot be asked."""
         try:
-            needed = {s.name for path in self._checkpoints() for s in manifests.read(path).segments}
-            there = segments.on_disk(self._replay)
+            needed = {s.name for path in self.checkpoints() for s in manifests.read(path).segments}
+            there = segments.on_disk(self.replay)
         except (UnusableError, UserError, OSError):
             return
-        segments.delete(self._replay, there - needed)
+        segments.delete(self.replay, there - needed)

@@ -38,6 +38,12 @@ class LostError(UserError):
 
     exit_code = 1
 
+    def __init__(self, directory: Path) -> None:
+        super().__init__(
+            f"{directory} is not the run directory that this process locked: it was replaced, or another run "
+            "was started in it; nothing more is written there"
+        )
+
 
 class Lock:
     """A lock file, held from `take` to `release`."""
@@ -84,10 +90,7 @@ class Lock:
         except OSError:  # it may pass, and does not say that anything was replaced
             return True
         if self._overwritten or (there.st_dev, there.st_ino) != (ours.st_dev, ours.st_ino):
-            raise LostError(
-                f"{self.path.parent} is not the run directory that this process locked: it was replaced, or "
-                "another run was started in it; nothing more is written there"
-            )
+            raise LostError(self.path.parent)
         return True
 
     def release(self) -> None:

@@ -19,11 +19,11 @@ from twister_jax.errors import UserError
 from twister_jax.processes import Processes
 from twister_jax.replay import segments
 from twister_jax.replay.store import Replay
-from twister_jax.training.checkpoint import Snapshot
 from twister_jax.training.logs import Log, MetricsFile
 from twister_jax.training.progress import Progress
 from twister_jax.training.run import Run
 from twister_jax.training.rundir import RunDirectory
+from twister_jax.training.save import Snapshot
 from twister_jax.training.state import RunState
 
 

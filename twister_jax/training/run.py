@@ -21,7 +21,7 @@ from twister_jax.randomness import Purpose, generator_for, key_for
 from twister_jax.replay import store
 from twister_jax.replay.store import Replay, Transition
 from twister_jax.training import evaluation
-from twister_jax.training.checkpoint import Checkpointer, Snapshot
+from twister_jax.training.checkpoint import Checkpointer
 from twister_jax.training.logs import Averages, Log
 from twister_jax.training.memory import check_memory
 from twister_jax.training.programs import Programs
@@ -29,6 +29,7 @@ from twister_jax.training.progress import Pace, Progress, line_of
 from twister_jax.training.provenance import numerics
 from twister_jax.training.rescue import rescue
 from twister_jax.training.rundir import RunDirectory
+from twister_jax.training.save import Snapshot
 from twister_jax.training.signals import Signals
 from twister_jax.training.start import compile_programs, start_or_resume
 from twister_jax.training.state import Counters, MakeAgent, MakeEnv, RunState, observe, updates_due
@@ -84,7 +85,9 @@ class Run:
             raise UserError(f"cannot start {config.game}: {error}") from error
         self.agent = make_agent(config, self.env.spec)
         self.devices = Devices.choose(config.parallel.data, config.env.num_envs, self.agent.shared_sizes)
-        self.checkpointer = Checkpointer(self.directory / "checkpoints", config.train.keep_checkpoints)
+        self.checkpointer = Checkpointer(
+            self.directory / "checkpoints", config.train.keep_checkpoints, self.home.check_held
+        )
         self.averages = {}
         self.saved_at: tuple[int, int] | None = None
         self._saving_steps = 0

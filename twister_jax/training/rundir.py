@@ -10,8 +10,8 @@ from typing import Any
 
 from twister_jax import files
 from twister_jax.errors import UserError
-from twister_jax.files import UnsafePathError
-from twister_jax.training.lock import Lock
+from twister_jax.files import HeldDirectory, UnsafePathError
+from twister_jax.training.lock import Lock, LostError
 
 _MOST_BYTES = 1 << 20  # of a config.json
 
@@ -27,6 +27,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = Path(path).absolute()
         self._lock = Lock(self.path / "run.lock")
+        self._held: HeldDirectory | None = None
 
     def __enter__(self) -> "RunDirectory":
         try:
@@ -36,6 +37,7 @@ class RunDirectory:
                 probe.write(b"0")
                 probe.flush()
             self._lock.take()
+            self._held = HeldDirectory(self.path, follow=True)
         except UnsafePathError:
             raise
         except (FileExistsError, NotADirectoryError):
@@ -51,10 +53,23 @@ class RunDirectory:
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
+        if self._held is not None:
+            self._held.close()
 
     def check_held(self) -> None:
         """Raises `LostError` where another directory, or another process, is where this one was locked."""
-        self._lock.check()
+        self._is_held()
+
+    def _is_held(self) -> bool:
+        """False where it vanished, or its lock did; raises as `check_held`."""
+        if self._lock.check() and self.path.exists():
+            return True
+        # Another one need not have been locked ever: a copy of a run, without its lock.
+        if self._held is not None and os.path.lexists(self.path / "config.json"):
+            with contextlib.suppress(OSError), HeldDirectory(self.path, follow=True) as there:
+                if not there.is_same(self._held):
+                    raise LostError(self.path)
+        return False
 
     def make_again(self, config: dict[str, Any]) -> None:
         """Makes a directory that vanished anew, locked and with its config.json; otherwise does nothing.
@@ -62,19 +77,20 @@ class RunDirectory:
         Raises:
           LostError: as `check_held`, also where somebody else was quicker.
         """
-        if self._lock.check() and self.path.exists():
+        if self._is_held():
             return
         lock = Lock(self._lock.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock.take(new=True)
+            held = HeldDirectory(self.path, follow=True)
         except FileExistsError:
             self._lock.check()
             return
         except OSError:  # whatever is to be written there will say so
             return
         self._lock.release()
-        self._lock = lock
+        self._lock, self._held = lock, held
         # A save that was being written may have made a part of the directory again already.
         if not os.path.lexists(self.path / "config.json"):
             with contextlib.suppress(OSError):

@@ -13,12 +13,12 @@ from twister_jax.files import one_line
 from twister_jax.randomness import Purpose, key_for
 from twister_jax.replay import store
 from twister_jax.replay.store import Replay
-from twister_jax.training.checkpoint import Snapshot
 from twister_jax.training.logs import Averages
 from twister_jax.training.memory import check_start
 from twister_jax.training.programs import Programs, trace_agent
 from twister_jax.training.provenance import different_numerics
 from twister_jax.training.rundir import check_same_run
+from twister_jax.training.save import Snapshot
 from twister_jax.training.state import Counters, RunState, tree_bytes
 
 if TYPE_CHECKING:

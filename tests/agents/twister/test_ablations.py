@@ -11,7 +11,8 @@ from twister_jax.agents.twister.agent import Twister
 from twister_jax.agents.twister.weights import load_published, to_published
 from twister_jax.agents.twister.world_model import augment, loss_scales, to_float
 from twister_jax.fields import replace
-from twister_jax.training.checkpoint import Checkpointer, Snapshot
+from twister_jax.training.checkpoint import Checkpointer
+from twister_jax.training.save import Snapshot
 
 
 def ablated(**changes):

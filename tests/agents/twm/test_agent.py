@@ -19,7 +19,8 @@ from twister_jax.agents.twm.world_model import start_states
 from twister_jax.envs.base import EnvSpec
 from twister_jax.errors import UserError
 from twister_jax.presets import make_config
-from twister_jax.training.checkpoint import Checkpointer, Snapshot
+from twister_jax.training.checkpoint import Checkpointer
+from twister_jax.training.save import Snapshot
 from twister_jax.training.seeds import update_all
 
 
