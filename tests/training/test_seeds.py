@@ -1,19 +1,22 @@
 """Several seeds in one program: each does what it does alone."""
 
 import dataclasses
+import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
 from tests import third
-from tests.runs import ROOT, Killed, assert_same_run, config_of, killed_env, rows_of
+from tests.runs import ROOT, Killed, assert_same_run, config_of, final_state, killed_env, rows_of
 from twister_jax.cli import main, of_seeds, take_seeds
 from twister_jax.envs import make_vector_env
 from twister_jax.errors import UserError
 from twister_jax.presets import make_config
+from twister_jax.training.checkpoint import Checkpointer
 from twister_jax.training.train import train, train_seeds
 
 STEPS = 60
@@ -90,6 +93,65 @@ def test_a_seed_that_fails_stops_alone(tmp_path, alone, capsys):
     assert_same_run(tmp_path / "seed1", alone / "seed1")
     assert train_seeds(configs(tmp_path)) == 0  # and goes on when the cause has gone
     assert_same_run(tmp_path / "seed0", alone / "seed0")
+
+
+def test_a_seed_whose_directory_refuses_it_is_saved_elsewhere_and_the_others_go_on(
+    tmp_path, alone, monkeypatch, capsys
+):
+    save = Checkpointer.save
+
+    def full(self, step, snapshot, wait=True):
+        if self.directory.parent == tmp_path / "seed0":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(self, step, snapshot, wait)
+
+    monkeypatch.setattr(Checkpointer, "save", full)
+    monkeypatch.chdir(tmp_path)
+    assert train_seeds(configs(tmp_path)) == 1
+    assert "NOT SAVED in" in capsys.readouterr().out
+    (place,) = tmp_path.glob("seed0-rescued-*")
+    assert final_state(place)[1]["env_steps"] == STEPS
+    for seed in ("seed0", "seed1"):
+        assert (tmp_path / seed / "evaluation.json").exists()
+    assert_same_run(tmp_path / "seed1", alone / "seed1")
+
+
+@pytest.mark.parametrize("at", ["a signal", "the end", "its evaluation"])
+def test_a_seed_that_loses_its_directory_is_saved_elsewhere_and_the_others_go_on(
+    tmp_path, alone, monkeypatch, capsys, at
+):
+    made = []
+
+    def exchanging(call, count):
+        left = [count]
+
+        def calling(*args):
+            left[0] -= 1
+            if left[0] == 0:
+                (tmp_path / "seed0").rename(tmp_path / "old")
+                (tmp_path / "seed0").mkdir()
+                (tmp_path / "seed0" / "config.json").write_text("{}")
+                if at == "a signal":
+                    os.kill(os.getpid(), signal.SIGTERM)
+            return call(*args)
+
+        return calling
+
+    def make_env(*args, **kwargs):
+        env = make_vector_env(*args, **kwargs)
+        made.append(env)
+        if len(made) == (3 if at == "its evaluation" else 1):
+            env.step = exchanging(env.step, {"a signal": 47, "the end": STEPS, "its evaluation": 3}[at])
+        return env
+
+    monkeypatch.chdir(tmp_path)
+    assert train_seeds(configs(tmp_path), make_env=make_env) == (143 if at == "a signal" else 1)
+    assert "seed 0 stops:" in capsys.readouterr().out
+    assert os.listdir(tmp_path / "seed0") == ["config.json"]
+    (place,) = tmp_path.glob("seed0-rescued-*")
+    assert final_state(place)[1]["env_steps"] >= 40
+    assert train_seeds(configs(tmp_path)[1:]) == 0
+    assert_same_run(tmp_path / "seed1", alone / "seed1")
 
 
 def _failing_after(steps, step):

@@ -75,11 +75,13 @@ class Group:
     Attributes:
       live: those that take part.
       failed: why others do not, by seed.
+      unsaved: seeds that are finished, and that their directory refused.
     """
 
     def __init__(self, members: Sequence[Member]):
         self.members, self.live = list(members), list(members)
         self.failed: dict[int, UserError] = {}
+        self.unsaved: set[int] = set()
         first = members[0]
         self.agent, self.signals, self.devices = first.agent, first.signals, first.devices
         count = len(members)
@@ -196,10 +198,12 @@ class Group:
         while self.live:
             self._iterate()
             for member in list(self.live):
-                self._guard(member, member.housekeep)
+                self.guard(member, member.housekeep)
                 if member in self.live and member.finished:
-                    self._guard(member, member.save)
-                    self.live.remove(member)
+                    kept = self.guard(member, member.save_somewhere)
+                    if member in self.live:
+                        self.live.remove(member)
+                        self.unsaved |= {member.config.seed} if kept != member.directory else set()
 
     def _iterate(self) -> None:
         """What `loop.learn_everything` repeats, for every seed."""
@@ -234,14 +238,14 @@ class Group:
             member.counters.pretraining_updates += 1
             done += 1
             if done % member.config.train.log_every == 0 or done == phase.updates:
-                self._guard(member, member.write_row, kind, {"phase": kind, "phase_updates": done})
+                self.guard(member, member.write_row, kind, {"phase": kind, "phase_updates": done})
 
     def _learn(self, members: list[Member]) -> None:
         self._update("update", members, lambda m: key_for(m.config.seed, Purpose.UPDATE, m.counters.updates))
         for member in members:
             member.counters.updates += 1
             if member.counters.updates % member.config.train.log_every == 0:
-                self._guard(member, member.write_row, "update")
+                self.guard(member, member.write_row, "update")
         self.signals.check()
 
     def _update(self, kind: str, members: list[Member], key: Callable[[Member], Any]) -> None:
@@ -268,7 +272,7 @@ class Group:
         done: list[Member] = []
         for member in (*filling, *acting):
             at = member.index
-            step = self._guard(member, member.step_env, actions[at])
+            step = self.guard(member, member.step_env, actions[at])
             if step is None:
                 continue
             done.append(member)
@@ -294,17 +298,22 @@ class Group:
     def _program(self, name: str) -> Any:
         return self.live[0].program(name) if self.live else self.programs[name]
 
-    def _guard(self, member: Member, call: Callable[..., Any], *args: Any) -> Any:
+    def guard(self, member: Member, call: Callable[..., Any], *args: Any) -> Any:
         """A seed that cannot go on stops alone."""
         try:
             return call(*args)
         except UserError as error:
             self.failed[member.config.seed] = error
             self.live.remove(member)
-            member.progress.say(f"seed {member.config.seed} stops: {error}")
-            if isinstance(error, LostError):
-                rescue(member)
+            stop(member, error)
             return None
+
+
+def stop(member: Member, error: UserError) -> None:
+    """Says why a seed cannot go on; one that lost its directory is saved elsewhere."""
+    member.progress.say(f"seed {member.config.seed} stops: {error}")
+    if isinstance(error, LostError):
+        rescue(member)
 
 
 def _take(tree: Any, index: int) -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from twister_jax import agents, envs
 from twister_jax.config import Config
+from twister_jax.errors import UserError
 from twister_jax.processes import ALONE, Processes
 from twister_jax.training import loop
 from twister_jax.training.lock import LostError
@@ -61,12 +62,13 @@ def train_seeds(
     A seed that cannot go on stops with a message, and the others go on.
 
     Returns:
-      The exit code: 0, or 128 + the number of the signal that ended the runs, or 1 where one of them stopped.
+      The exit code: 0, or 128 + the number of the signal that ended the runs, or 1 where one of them stopped
+      or its directory does not hold what was trained.
 
     Raises:
       UserError: a directory, the memory or the settings do not allow the runs.
     """
-    from twister_jax.training.group import Group, Member
+    from twister_jax.training.group import Group, Member, stop
 
     progress = Progress()
     with contextlib.ExitStack() as stack:
@@ -82,18 +84,26 @@ def train_seeds(
         stack.callback(progress.close)
         unfinished = [member for member in members if not member.finished]
         group = Group(unfinished) if unfinished else None
+        bad: set[int] = set()
         try:
             if group:
                 group.learn_everything()
+                bad |= group.failed.keys() | group.unsaved
             progress.close()
             for member in members:
-                if not group or member.config.seed not in group.failed:
+                if group and member.config.seed in group.failed:
+                    continue
+                try:
                     member.evaluate()
+                except UserError as error:
+                    stop(member, error)
+                    bad.add(member.config.seed)
         except Interrupted:
-            for member in group.live if group else ():
-                _save_for_later(member)
+            if group:
+                for member in list(group.live):
+                    group.guard(member, _save_for_later, member)
             return signals.exit_code
-        return 1 if group and group.failed else 0
+        return 1 if bad else 0
 
 
 def _learn_and_evaluate(run: Run) -> int:
