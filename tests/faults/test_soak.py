@@ -134,11 +134,11 @@ class Soak:
         process.send_signal(signal.SIGKILL)
         self.killed += 1
 
-    def tell(self, updates, newest):
+    def tell(self, updates, latest):
         if 10 * updates // UPDATES > self.tenth:
             self.tenth = 10 * updates // UPDATES
             minutes = (time.monotonic() - self.began) / 60
-            print(f"{updates:,} updates, {self.killed} kills, {minutes:.0f} min: {newest}", flush=True)
+            print(f"{updates:,} updates, {self.killed} kills, {minutes:.0f} min: {latest}", flush=True)
 
 
 @pytest.mark.faults
