@@ -6,6 +6,7 @@ Everything runs in this process, and stops where computing would begin. 25 cases
 
 import contextlib
 import copy
+import functools
 import io
 import json
 import os
@@ -20,11 +21,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.runs import config_of
-from twister_jax import cli, parity
+from twister_jax import agents, cli, parity
+from twister_jax.agents.twister import parity as twister_parity
+from twister_jax.agents.twister import weights as twister_weights
+from twister_jax.agents.twister.agent import Twister
+from twister_jax.agents.twm import parity as twm_parity
+from twister_jax.agents.twm import weights as twm_weights
+from twister_jax.agents.twm.agent import Twm
 from twister_jax.errors import UserError
 from twister_jax.fields import describe
 from twister_jax.presets import make_config
-from twister_jax.training import evaluation, loop, manifest, start, train
+from twister_jax.training import evaluation, loop, manifest, run, train
 from twister_jax.training.load import load_run
 from twister_jax.training.run import Run
 from twister_jax.training.rundir import RunDirectory
@@ -95,9 +102,32 @@ def nothing_computes(monkeypatch):
     monkeypatch.setattr(train, "train", lambda *_, **__: 0)
     monkeypatch.setattr(evaluation, "evaluate_directory", lambda *_: 0)
     monkeypatch.setattr(loop, "learn_everything", lambda run: None)
-    monkeypatch.setattr(start, "compile_programs", lambda *_: None)
+    monkeypatch.setattr(run, "compile_programs", lambda *_: None)
     monkeypatch.setattr(Run, "evaluate", lambda self: None)
     monkeypatch.setattr(Run, "save", lambda self, wait=True: True)
+
+
+# Building an agent is most of what a case would cost, and of one configuration it is the same every time.
+
+
+@pytest.fixture(autouse=True)
+def networks_are_built_once(monkeypatch):
+    for module in (twister_parity, twister_weights):
+        monkeypatch.setattr(module, "Twister", _twister)
+    for module in (twm_parity, twm_weights):
+        monkeypatch.setattr(module, "Twm", _twm)
+
+
+_twister, _twm = functools.lru_cache(16)(Twister), functools.lru_cache(16)(Twm)
+_built = functools.lru_cache(16)(agents.make_agent)
+
+
+def built(config, spec):
+    try:
+        hash((config, spec))
+    except TypeError:  # whatever a file said the environment was
+        return agents.make_agent(config, spec)
+    return _built(config, spec)
 
 
 def in_one_line(call):
@@ -174,15 +204,15 @@ def fuzz_configurations(tmp_path, capsys):
 
 
 def fuzz_manifests(tmp_path, undisturbed):
-    run = tmp_path / "run"
-    config = config_of(run, **{"env.num_envs": 2})
+    copied = tmp_path / "run"
+    config = config_of(copied, **{"env.num_envs": 2})
     newest = max(path.name for path in (undisturbed / "checkpoints").glob("0*"))
     ignored = shutil.ignore_patterns("pictures", "events*")
 
     def check(changes, raw, inside):
-        shutil.rmtree(run, ignore_errors=True)
-        shutil.copytree(undisturbed, run, ignore=ignored)
-        path = run / "checkpoints" / newest / "manifest.json"
+        shutil.rmtree(copied, ignore_errors=True)
+        shutil.copytree(undisturbed, copied, ignore=ignored)
+        path = copied / "checkpoints" / newest / "manifest.json"
         content = json.loads(path.read_text())["content"]
         if inside:  # what only the run itself can check
             content["host"] = changed(content["host"], changes)
@@ -192,8 +222,8 @@ def fuzz_manifests(tmp_path, undisturbed):
         whole = {"format": manifest.FORMAT, "crc32": zlib.crc32(text), "content": content}
         data = (json.dumps(whole, sort_keys=True, indent=1) + "\n").encode(errors="replace")
         path.write_bytes(damaged(data, *changes[0]) if raw else data)
-        in_one_line(lambda: load_run(run))
-        in_one_line(lambda: TRAIN(config))
+        in_one_line(lambda: load_run(copied, make_agent=built))
+        in_one_line(lambda: TRAIN(config, make_agent=built))
 
     return given(changes, st.booleans(), st.booleans())(check)
 
@@ -249,16 +279,15 @@ def fuzz_fixtures(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def fuzzers(tmp_path, capsys, monkeypatch, undisturbed):
+def fuzzers(tmp_path, capsys, monkeypatch):
     return {
         "command lines": lambda: fuzz_command_lines(tmp_path, capsys, monkeypatch),
         "config.json": lambda: fuzz_configurations(tmp_path, capsys),
-        "manifests": lambda: fuzz_manifests(tmp_path, undisturbed),
         "fixtures": lambda: fuzz_fixtures(tmp_path, monkeypatch),
     }
 
 
-KINDS = ["command lines", "config.json", "manifests", "fixtures"]
+KINDS = ["command lines", "config.json", "fixtures"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -266,7 +295,16 @@ def test_random_input_is_answered_in_one_line(kind, fuzzers):
     FEW(fuzzers[kind]())()
 
 
+def test_random_manifests_are_answered_in_one_line(tmp_path, undisturbed):
+    FEW(fuzz_manifests(tmp_path, undisturbed))()
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("kind", KINDS)
 def test_much_random_input_is_answered_in_one_line(kind, fuzzers):
     MANY(fuzzers[kind]())()
+
+
+@pytest.mark.faults
+def test_many_random_manifests_are_answered_in_one_line(tmp_path, undisturbed):
+    MANY(fuzz_manifests(tmp_path, undisturbed))()
