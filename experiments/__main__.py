@@ -4,7 +4,9 @@ Bad input is answered by one line on the standard error stream and exit code 2.
 """
 
 import argparse
+import contextlib
 import importlib
+import io
 import json
 import logging
 import os
@@ -17,8 +19,10 @@ from typing import NoReturn
 from experiments import job as jobs
 from experiments import suite
 from experiments.launchers import LAUNCHERS, Options
+from twister_jax import files
 from twister_jax.errors import UserError
 from twister_jax.fields import did_you_mean
+from twister_jax.training.progress import say
 
 PROGRAM = "python -m experiments"
 HELP = f"""usage: {PROGRAM} COMMAND [OPTIONS]
@@ -45,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows ASCII alone
     try:
         try:
             if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -54,19 +61,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if name not in COMMANDS:
                 near = did_you_mean(name, COMMANDS)
                 raise UserError(f"unknown command {name!r}{near}; one of {', '.join(COMMANDS)}")
+            try:
+                os.getcwd()
+            except OSError:
+                raise UserError("the working directory was deleted: change to another one") from None
             code = COMMANDS[name](rest)
         except SystemExit as done:  # --help
             code = int(done.code or 0)
-        sys.stdout.flush()
+        with contextlib.suppress(AttributeError, ValueError):  # closed
+            sys.stdout.flush()
         return code
     except UserError as error:
-        print(f"experiments: {' '.join(str(error).split())}", file=sys.stderr)
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            print(f"experiments: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # as in `… | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at exit fails again
-        return 141
+    except OSError as error:  # of the standard output: all others are caught where files are read and written
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at exit fails again
+        if isinstance(error, BrokenPipeError):  # as in `… | head`
+            return 141
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            print(f"experiments: the output cannot be written: {error}", file=sys.stderr)
+        return 1
 
 
 def _parser(command: str, description: str) -> Parser:
@@ -130,7 +148,7 @@ def run(arguments: list[str]) -> int:
     suite.write_plan(directory, plan)
     left = jobs.unfinished(directory, plan.runs)
     done = len(plan.runs) - len(left)
-    print(f"{chosen.name}: {len(plan.runs)} runs, {done} finished → {directory}", flush=True)
+    say(f"{chosen.name}: {len(plan.runs)} runs, {done} finished → {directory}")
     if not left:
         return 0
     options = Options(
@@ -166,6 +184,8 @@ def status(arguments: list[str]) -> int:
     _add_root(parser)
     parser.add_argument("--every", type=float, metavar="SECONDS", help="show it again and again")
     given = parser.parse_args(arguments)
+    if given.every is not None and not 0 < given.every < 1e6:
+        parser.error(f"--every {given.every}: must be above 0 and below 1e6 seconds")
     directory = suite.find(given.suite, given.root)
     print(table.show(directory))
     while given.every:
@@ -199,10 +219,14 @@ def _out(given: argparse.Namespace) -> Path:
     """Where results go: beside a pack, whose files are counted, and otherwise in it."""
     from experiments.pack import MANIFEST
 
+    if given.out:
+        return given.out
     directory = Path(given.directories[0].rpartition("=")[2])
+    folder = directory / "results"
     if (directory / MANIFEST).is_file():
-        return given.out or directory.resolve().with_name(f"{directory.resolve().name}-results")
-    return given.out or directory / "results"
+        folder = directory.resolve().with_name(f"{directory.resolve().name}-results")
+    files.check_no_link(folder)  # the directory may come from a stranger
+    return folder
 
 
 def aggregate(arguments: list[str]) -> int:

@@ -49,7 +49,7 @@ def pack(sources: Sequence[Path], target: Path, weights: bool = False, thin: boo
     try:
         target.mkdir(parents=True)
         if plan:
-            shutil.copyfile(root / suite.PLAN, target / suite.PLAN)
+            _copy_file(root / suite.PLAN, target / suite.PLAN)
         for place, source in done.items():
             _copy(source, target / place, place, weights, thin)
         manifest = {
@@ -96,7 +96,9 @@ def _places(sources: Sequence[Path]) -> dict[str, Path]:
             config = runs.read_json(directory / CONFIG) or {}
             try:
                 place = suite.run_directory(str(config["agent"]), str(config["game"]), int(config["seed"]))
-            except (KeyError, TypeError, ValueError) as error:
+                if len(Path(place).parts) != 3 or ".." in Path(place).parts or not place.isprintable():
+                    raise ValueError(f"its place would be {place[:60]!r}")  # outside the pack, say
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
                 raise UserError(f"{directory / CONFIG} is not that of a run: {error!r}") from None
             if place in places:
                 raise UserError(f"{places[place]} and {directory} are both {place}: pack them apart")
@@ -106,8 +108,9 @@ def _places(sources: Sequence[Path]) -> dict[str, Path]:
 
 def _is_finished(source: Path) -> bool:
     """Whether it has been evaluated after all its steps."""
-    steps = (runs.read_json(source / CONFIG) or {}).get("train", {}).get("steps", 0)
-    return runs.standing(source, steps).state == "finished"
+    train = (runs.read_json(source / CONFIG) or {}).get("train")
+    steps = train.get("steps", 0) if isinstance(train, dict) else 0
+    return runs.is_number(steps) and runs.standing(source, steps).state == "finished"
 
 
 def _copy(source: Path, copy: Path, place: str, weights: bool, thin: bool) -> None:
@@ -115,13 +118,13 @@ def _copy(source: Path, copy: Path, place: str, weights: bool, thin: bool) -> No
     config = runs.read_json(source / CONFIG) or {}
     # Where it lay on the machine that trained it is nobody's business.
     files.write_atomically(copy / CONFIG, json.dumps({**config, "logdir": place}, indent=2) + "\n")
-    shutil.copyfile(source / EVALUATION, copy / EVALUATION)
+    _copy_file(source / EVALUATION, copy / EVALUATION)
     if (source / METRICS).is_file():
         if thin:
             text = "".join(json.dumps(row) + "\n" for row in thinned(list(runs.rows(source))))
             files.write_atomically(copy / METRICS, text)
         else:
-            shutil.copyfile(source / METRICS, copy / METRICS)
+            _copy_file(source / METRICS, copy / METRICS)
     if weights:
         _copy_weights(source, copy)
 
@@ -155,12 +158,24 @@ def _copy_weights(source: Path, copy: Path) -> None:
     """The newest checkpoint's state: parameters and optimisers, without the replay."""
     complete = sorted(path for path in (source / WEIGHTS).glob("*/state") if path.is_dir())
     if complete:
-        shutil.copytree(complete[-1], copy / WEIGHTS / complete[-1].parent.name / "state")
+        newest = complete[-1]
+        files.check_no_link(source / WEIGHTS, newest.parent)
+        for path in files.regular_files(newest):
+            target = copy / WEIGHTS / path.relative_to(source / WEIGHTS)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _copy_file(path, target)
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    """What is packed is shown to others: no link may lead to something that was not meant."""
+    with files.open_regular(source) as file, open(target, "xb") as copy:
+        shutil.copyfileobj(file, copy)
 
 
 def _origins(done: Sequence[Path]) -> dict[str, list[Any]]:
     """What the runs were made with: every commit, version, device and precision that there is."""
-    protocols = [(runs.evaluation(source) or {}).get("protocol", {}) for source in done]
+    found = [(runs.evaluation(source) or {}).get("protocol") for source in done]
+    protocols = [each for each in found if isinstance(each, dict)]
 
     def distinct(name: str) -> list[Any]:
         return list(
@@ -202,5 +217,11 @@ def verify(folder: Path) -> None:
             raise UserError(f"{folder} is incomplete: {name} is missing")
         if name not in listed:
             raise UserError(f"{folder} holds {name}, which its manifest does not know")
-        if sha256(found[name]) != listed[name].get("sha256"):
+        try:
+            same = sha256(found[name]) == listed[name]["sha256"]
+        except UserError:
+            raise
+        except (OSError, TypeError, KeyError) as error:
+            raise UserError(f"{folder}/{name} cannot be checked: {files.one_line(error)}") from None
+        if not same:
             raise UserError(f"{folder}/{name} was changed since it was packed")

@@ -15,6 +15,7 @@ RECORD = "job.json"
 LOG = "train.log"
 """What `train` printed, in the run directory."""
 _MOST_BYTES = 1 << 24
+_MOST = 1e15  # counted exactly, and nothing overflows
 _TAIL = 1 << 15  # of what is read from its end
 
 State = Literal["waiting", "running", "interrupted", "failed", "finished"]
@@ -27,6 +28,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def is_number(value: Any, *kinds: type) -> bool:
+    """Whether it is an int or float (or of `kinds`) of bearable size: files may come from a stranger."""
+    return type(value) in (kinds or (int, float)) and abs(value) < _MOST
 
 
 def evaluation(directory: Path) -> dict[str, Any] | None:
@@ -61,7 +67,7 @@ def _rows(lines: Any) -> Iterator[dict[str, Any]]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict) and isinstance(row.get("env_steps"), int):
+        if isinstance(row, dict) and is_number(row.get("env_steps"), int):
             yield row
 
 
@@ -115,22 +121,31 @@ def standing(directory: Path, steps: int) -> Standing:
     record = read_json(directory / RECORD) or {}
     lines = _last_lines(directory)
     newest = next(_rows(reversed(lines)), {})  # few rows are parsed: there may be ten thousand runs
-    seconds = float(newest.get("wall_seconds", 0.0))
-    where = " ".join(str(record.get(name, "")) for name in ("host", "device")).strip()
+    seconds = _number(newest, "wall_seconds", 0.0)
+    where = " ".join(_printable(record.get(name, "")) for name in ("host", "device")).strip()
     result = evaluation(directory)
-    if result is not None and result.get("env_steps", 0) >= steps:
-        return Standing("finished", result["env_steps"], seconds, 0.0, result.get("mean"), where)
+    if result is not None and (taken := int(_number(result, "env_steps", -1))) >= steps:
+        return Standing("finished", taken, seconds, 0.0, _number(result, "mean", None), where)
     scored = next(_rows(line for line in reversed(lines) if b'"episode/score"' in line), {})
     return Standing(
         state=_state(record, bool(newest)),
         env_steps=newest.get("env_steps", 0),
         seconds=seconds,
         pace=_pace(next(_rows(lines), {}), newest),
-        score=scored.get("episode/score"),
+        score=_number(scored, "episode/score", None),
         where=where,
-        note=str(record.get("last_line", "")),
-        log=Path(os.path.normpath(directory / str(record.get("log", LOG)))),
+        note=_printable(record.get("last_line", "")),
+        log=Path(os.path.normpath(directory / _printable(record.get("log", LOG)))),
     )
+
+
+def _number(values: dict[str, Any], name: str, default: Any) -> Any:
+    return values[name] if is_number(values.get(name)) else default
+
+
+def _printable(value: Any) -> str:
+    """As a terminal can show it: without what would move its cursor."""
+    return "".join(each if each.isprintable() else "?" for each in str(value)[:200])
 
 
 def _state(record: dict[str, Any], begun: bool) -> State:
@@ -156,5 +171,5 @@ def _alive(pid: Any) -> bool:
 def _pace(oldest: dict[str, Any], newest: dict[str, Any]) -> float:
     """Agent steps per second between two rows; 0 where that cannot be told."""
     steps = newest.get("env_steps", 0) - oldest.get("env_steps", 0)
-    seconds = newest.get("wall_seconds", 0.0) - oldest.get("wall_seconds", 0.0)
+    seconds = _number(newest, "wall_seconds", 0.0) - _number(oldest, "wall_seconds", 0.0)
     return steps / seconds if seconds > 0 and steps > 0 else 0.0

@@ -11,15 +11,19 @@ from typing import Any
 import numpy as np
 
 from experiments import pack, runs, suite
+from experiments.runs import is_number
 from experiments.statistics import Scores
 from twister_jax.config import TrainConfig
 from twister_jax.errors import UserError
 from twister_jax.fields import describe, did_you_mean
+from twister_jax.files import one_line
 
 PUBLISHED = Path(__file__).parent / "published.json"
 
 # What may differ between runs whose scores belong together.
 _OF_A_GAME = {"random_score", "human_score", "best_score"}
+_REFERENCES = {"random_score", "human_score"}
+_NUMBERS = {"frame_skip", *_REFERENCES}
 _OF_A_RUN = {"games_cut_by_time_limit", "game_lengths", "notes", "device", "versions", "commit"}
 _LOGGING = {name for name, field in describe(TrainConfig()).items() if field.changeable} - {"steps"}
 
@@ -213,14 +217,35 @@ def _finished(directory: Path) -> dict[str, Any] | None:
         return None
     config = runs.read_json(directory / "config.json") or {}
     try:
-        float(result["mean"]), int(result["seed"]), dict(result["protocol"]), str(result["game"])
+        _check_types(result)
         if result["env_steps"] < config.get("train", {}).get("steps", 0):
             return None
         train = {name: value for name, value in config.get("train", {}).items() if name not in _LOGGING}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{directory}/evaluation.json is not that of a run: {error!r}") from None
+        raise UserError(f"{directory}/evaluation.json is not that of a run: {one_line(error)}") from None
     config = {name: value for name, value in config.items() if name not in ("game", "seed", "logdir")}
     return {**result, "config": {**config, "train": train} if config else {}}
+
+
+def _check_types(result: Mapping[str, Any]) -> None:
+    """Raises `KeyError` or `ValueError` unless the record of an evaluation has all that is read of it."""
+    protocol = result["protocol"]
+    if not isinstance(protocol, dict):
+        raise ValueError("protocol is no object")
+    for name in ("game", "agent"):
+        if not isinstance(result[name], str) or not result[name].isprintable():
+            raise ValueError(f"{name} = {str(result[name])[:40]!r}")
+    for name in ("seed", "env_steps"):
+        if not is_number(result[name], int) or result[name] < 0:
+            raise ValueError(f"{name} = {str(result[name])[:40]!r}")
+    numbers = {name: protocol[name] for name in _NUMBERS if protocol.get(name) is not None}
+    for name, value in {"mean": result["mean"], **numbers}.items():
+        if not is_number(value):
+            raise ValueError(f"{name} = {str(value)[:40]!r}")
+    if numbers.get("frame_skip", 1) < 1:
+        raise ValueError(f"frame_skip = {numbers['frame_skip']}")
+    if len(numbers.keys() & _REFERENCES) == 2 and len({numbers[name] for name in _REFERENCES}) == 1:
+        raise ValueError("random_score and human_score are equal")
 
 
 def _collect(name: str, pairs: Sequence[tuple[_Found, dict[str, Any]]], unfinished: list[str]) -> ScoreSet:

@@ -247,14 +247,40 @@ def read_plan(directory: Path) -> Plan:
         limits = data.pop("score_range")
         runs = tuple(PlannedRun(**run) for run in data.pop("runs"))
         found = Plan(runs=runs, score_range=limits and (float(limits[0]), float(limits[1])), **data)
+        _check_types(found)
     except FileNotFoundError:
         raise UserError(f"{directory} is not a suite's directory: it has no {PLAN}") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise UserError(f"{path} cannot be read: {files.one_line(error)}") from None
+    except (RecursionError, OverflowError):
+        raise UserError(f"{path} cannot be read: it is not one that this program wrote") from None
+    linked: dict[Path, None] = {}
     for run in found.runs:  # it may come from a stranger
-        if Path(run.directory).is_absolute() or ".." in Path(run.directory).parts:
+        inside = Path(run.directory)
+        if inside.is_absolute() or ".." in inside.parts:
             raise UserError(f"{path} names {run.directory}, which lies outside")
+        linked |= dict.fromkeys(directory / each for each in (*inside.parents, inside)[::-1] if each.parts)
+    files.check_no_link(*linked)
     return found
+
+
+def _check_types(plan: Plan) -> None:
+    """Raises `ValueError` where a field has another type than this program writes."""
+    texts = [plan.suite, plan.register]
+    counts = []
+    for run in plan.runs:
+        texts += [run.directory, run.set, run.agent, run.preset, run.game]
+        counts += [run.seed, run.steps]
+        if not isinstance(run.overrides, dict):
+            raise ValueError(f"overrides = {str(run.overrides)[:40]!r}")
+    for text in texts:
+        if not isinstance(text, str) or not text.isprintable():
+            raise ValueError(f"{str(text)[:40]!r} in place of a name")
+    for count in counts:
+        if type(count) is not int or not 0 <= count < 2**53:
+            raise ValueError(f"{str(count)[:40]!r} in place of a count")
+    if plan.score_range is not None and not (-1e15 < plan.score_range[0] < plan.score_range[1] < 1e15):
+        raise ValueError(f"score_range = {plan.score_range}")
 
 
 def find(name: str, root: str) -> Path:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from twister_jax import agents, envs, fields, presets, processes
+from twister_jax import agents, envs, fields, files, presets, processes
 from twister_jax.config import Config
 from twister_jax.errors import UserError
 from twister_jax.fields import NonNegativeInt, PositiveInt, Range, did_you_mean
@@ -259,6 +259,7 @@ def watch(arguments: list[str]) -> int:
     policy = _load(options.logdir, options.step)
     from twister_jax.view.watch import watch as run
 
+    files.check_no_link(Path(options.logdir) / "videos")  # the directory may come from a stranger
     stem = f"watch-{policy.about['env_steps']:07d}"
     run(policy, Path(options.logdir) / "videos", options.episodes, stem=stem)
     return 0
@@ -270,6 +271,7 @@ def dream(arguments: list[str]) -> int:
     policy = _load(options.logdir, options.step)
     from twister_jax.view.dream import dream as run
 
+    files.check_no_link(Path(options.logdir) / "dreams")
     run(policy, Path(options.logdir) / "dreams", options.starts, options.horizon)
     return 0
 

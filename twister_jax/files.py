@@ -148,6 +148,13 @@ def check_directory(path: Path) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
 
 
+def check_no_link(*paths: Path) -> None:
+    """Raises `UnsafePathError` at the first that is a symbolic link; one that is missing may be made."""
+    for path in paths:
+        if path.is_symlink():
+            raise UnsafePathError(path, "a symbolic link")
+
+
 def regular_files(directory: Path) -> Iterator[Path]:
     """All files below a directory; raises `UnsafePathError` at the first that is no regular file."""
     check_directory(directory)

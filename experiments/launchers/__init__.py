@@ -6,6 +6,7 @@ from pathlib import Path
 
 from experiments.job import Job, Outcome, title
 from experiments.suite import Plan
+from twister_jax.training.progress import say
 
 LAUNCHERS = ("local", "ray", "slurm")
 
@@ -46,11 +47,11 @@ class Summary:
         self.ended["finished"] += len(job) - outcome.left
         self.ended[outcome.state] += outcome.left
         counted = f"{sum(self.ended.values())}/{self.runs}"
-        print(f"{outcome.state} {title(job)}: {outcome.message} ({counted})", flush=True)
+        say(f"{outcome.state} {title(job)}: {outcome.message} ({counted})")
 
     def close(self) -> int:
         """Says the totals; returns the exit code: 0 where everything is finished."""
         counts = ", ".join(f"{count} {state}" for state, count in self.ended.items() if count)
         left = self.runs - sum(self.ended.values())
-        print((counts or "nothing ended") + (f", {left} not started" if left else ""), flush=True)
+        say((counts or "nothing ended") + (f", {left} not started" if left else ""))
         return 0 if self.ended["finished"] == self.runs else 1

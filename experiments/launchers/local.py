@@ -11,6 +11,7 @@ from typing import NamedTuple
 from experiments.job import Job, Outcome, run_job
 from experiments.launchers import Options, Summary
 from experiments.suite import Plan
+from twister_jax.training.progress import say
 from twister_jax.training.signals import Signals
 
 
@@ -47,7 +48,7 @@ def launch(directory: Path, plan: Plan, jobs: list[Job], options: Options) -> in
                     slot.environment,
                     options.attempts,
                     stopping.is_set,
-                    say=lambda line: print(line, flush=True),
+                    say=say,
                 )
             except OSError as error:  # a full disk, say: the others may still work
                 outcome = Outcome("failed", str(error), len(job))
@@ -60,7 +61,7 @@ def launch(directory: Path, plan: Plan, jobs: list[Job], options: Options) -> in
             thread.start()
         while any(thread.is_alive() for thread in threads) or not ended.empty():
             if signals.received is not None and not stopping.is_set():
-                print(f"{signals.name}: runs save and stop", flush=True)
+                say(f"{signals.name}: runs save and stop")
                 stopping.set()
             try:
                 job, outcome = ended.get(timeout=0.2)

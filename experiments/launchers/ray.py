@@ -20,6 +20,7 @@ from experiments.launchers import Options, Summary
 from experiments.suite import Plan
 from twister_jax.errors import UserError
 from twister_jax.files import one_line
+from twister_jax.training.progress import say
 from twister_jax.training.signals import Signals
 
 _SECONDS_TO_ANSWER = 10.0
@@ -37,13 +38,13 @@ def launch(directory: Path, plan: Plan, jobs: list[Job], options: Options) -> in
         path = directory.absolute()
         tasks = {train.remote(path, plan, job, environment, options.attempts): job for job in jobs}
         address = ray.get_runtime_context().gcs_address
-        print(f"{len(tasks)} jobs at Ray {address}, each with {_show(needs)}", flush=True)
+        say(f"{len(tasks)} jobs at Ray {address}, each with {_show(needs)}")
         summary = Summary(jobs)
         with Signals() as signals:
             stopping = False
             while tasks:
                 if signals.received is not None and not stopping:
-                    print(f"{signals.name}: runs save and stop", flush=True)
+                    say(f"{signals.name}: runs save and stop")
                     stopping = True
                     for task in tasks:
                         ray.cancel(task, force=False)

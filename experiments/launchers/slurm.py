@@ -19,6 +19,7 @@ from experiments.job import ROOT, Job, run_job
 from experiments.launchers import Options
 from twister_jax import files
 from twister_jax.errors import UserError
+from twister_jax.training.progress import say
 from twister_jax.training.signals import Signals
 
 _DEFAULTS: dict[str, Any] = {"time": 2880, "gpus_per_node": 1, "cpus_per_task": 8, "array_parallelism": 256}
@@ -44,7 +45,7 @@ def launch(directory: Path, plan: suite.Plan, jobs: list[Job], options: Options)
         json.dumps({"directory": str(directory.absolute()), "attempts": options.attempts, "jobs": members}),
     )
     files.write_atomically(script, text)
-    print(f"array of {len(jobs)} jobs → {script}")
+    say(f"array of {len(jobs)} jobs → {script}")
     if options.dry_run:
         return 0
     try:
@@ -55,7 +56,7 @@ def launch(directory: Path, plan: suite.Plan, jobs: list[Job], options: Options)
         ) from None
     if done.returncode:
         raise UserError(f"sbatch refused {script}: {done.stderr.strip() or done.stdout.strip()}")
-    print(done.stdout.strip())
+    say(done.stdout.strip())
     return 0
 
 
@@ -130,7 +131,7 @@ def run_member(array: Path, index: int) -> int:
             )
     finally:
         signal.signal(_TIME_IS_OVER, before)
-    print(f"{outcome.state}: {outcome.message}", flush=True)
+    say(f"{outcome.state}: {outcome.message}")
     if outcome.state == "interrupted" and "SLURM_JOB_ID" in os.environ:
         _queue_again(os.environ["SLURM_JOB_ID"])
     return 0 if outcome.state == "finished" else 1

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from twister_jax import agents, envs
+from twister_jax import agents, envs, files
 from twister_jax.config import Config
 from twister_jax.errors import UserError
 from twister_jax.processes import ALONE, Processes
@@ -75,6 +75,7 @@ def train_seeds(
         signals = stack.enter_context(Signals())
         members = []
         for config in configs:
+            files.check_no_link(Path(config.logdir))  # all of them may lie in a stranger's directory
             directory = stack.enter_context(RunDirectory(Path(config.logdir)))
             directory.check_config(config.to_dict(), config.changeable())
             member = Member(config, make_agent, make_env, progress, signals, directory)

@@ -2,6 +2,7 @@
 
 import io
 import math
+import secrets
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -185,7 +186,8 @@ def save_video(path: Path, frames: Iterable[Picture], rate: int) -> int:
       UserError: imageio is not installed, or the file cannot be written.
     """
     imageio = require_video()
-    count, temporary = 0, path.with_name(f".{path.stem}.tmp{path.suffix}")
+    # Of a name that nobody can have put a link in the place of.
+    count, temporary = 0, path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         options = {"format": "FFMPEG", "fps": rate, "codec": "libx264", "macro_block_size": 2}

@@ -119,9 +119,9 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict) and isinstance(row.get("env_steps"), int):
+        if isinstance(row, dict) and type(row.get("env_steps")) is int:
             yield row
 
 

@@ -1,11 +1,13 @@
 """What a reader of a run's curves should be told before believing them."""
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
+from twister_jax import files
 from twister_jax.presets import stored_steps
 
 if TYPE_CHECKING:
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
 
 NO_ENTROPY = 0.01
 """Of a policy or of latents, in the unit that the agent logs: below it, nothing is left to chance."""
+_MOST_BYTES, _MOST_PIXELS = 1 << 24, 1 << 22  # of a picture: the directory may be a stranger's
 CONSTANT = 0.02
 """Share of the truth's variation over time below which a decoder shows a constant."""
 
@@ -60,9 +63,11 @@ def _last(record: "Record", name: str) -> float | None:
 def _shows_a_constant(path: Path) -> bool:
     """Whether the reconstructions in a picture of `open_loop_picture` hardly vary over time."""
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(files.read(path, _MOST_BYTES))) as image:
+            if image.width * image.height > _MOST_PIXELS:
+                return False  # none of ours
             pixels = np.asarray(image.convert("RGB"), np.float32)
-    except (OSError, ValueError):
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # whatever Pillow raises
         return False
     size = 64
     labels = pixels.shape[1] % size
