@@ -15,7 +15,6 @@ RECORD = "job.json"
 LOG = "train.log"
 """What `train` printed, in the run directory."""
 _MOST_BYTES = 1 << 24
-_MOST = 1e15  # counted exactly, and nothing overflows
 _TAIL = 1 << 15  # of what is read from its end
 
 State = Literal["waiting", "running", "interrupted", "failed", "finished"]
@@ -28,11 +27,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def is_number(value: Any, *kinds: type) -> bool:
-    """Whether it is an int or float (or of `kinds`) of bearable size: files may come from a stranger."""
-    return type(value) in (kinds or (int, float)) and abs(value) < _MOST
 
 
 def evaluation(directory: Path) -> dict[str, Any] | None:
@@ -67,7 +61,7 @@ def _rows(lines: Any) -> Iterator[dict[str, Any]]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict) and is_number(row.get("env_steps"), int):
+        if isinstance(row, dict) and files.is_number(row.get("env_steps"), int):
             yield row
 
 
@@ -140,7 +134,7 @@ def standing(directory: Path, steps: int) -> Standing:
 
 
 def _number(values: dict[str, Any], name: str, default: Any) -> Any:
-    return values[name] if is_number(values.get(name)) else default
+    return values[name] if files.is_number(values.get(name)) else default
 
 
 def _printable(value: Any) -> str:

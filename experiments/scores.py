@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 
 from experiments import pack, runs, suite
-from experiments.runs import is_number
 from experiments.statistics import Scores
 from twister_jax.config import TrainConfig
 from twister_jax.errors import UserError
 from twister_jax.fields import describe, did_you_mean
-from twister_jax.files import one_line
+from twister_jax.files import is_number, one_line
 
 PUBLISHED = Path(__file__).parent / "published.json"
 

@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("twister_jax").setLevel(logging.INFO)
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
-            print(HELP, end="")
+            say(HELP.rstrip("\n"))
             return 0 if arguments else 2
         name, *rest = arguments
         if name not in COMMANDS:

@@ -327,6 +327,11 @@ def read_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
             raise UnusableError(f"{path.name} cannot be read: {one_line(error)}") from None
 
 
+def is_number(value: Any, *kinds: type) -> bool:
+    """Whether what a file says is an int or float (or of `kinds`) below 10^15, so that nothing overflows."""
+    return type(value) in (kinds or (int, float)) and abs(value) < 1e15
+
+
 def one_line(message: object) -> str:
     """An exception's message, or any other, on one line of bearable length."""
     return " ".join(str(message).split())[:300] or type(message).__name__

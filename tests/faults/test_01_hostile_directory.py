@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import struct
 import zlib
 
 import pytest
@@ -11,21 +12,6 @@ from twister_jax import cli
 from twister_jax.training import manifest
 
 SEGMENT = "000000000-000000003-0123abcd.npy"
-
-
-@pytest.fixture(scope="module")
-def canary_names():
-    return ["shell-start-up", SEGMENT, "manifest.json", "metrics.jsonl", "replay/" + SEGMENT, "state/d"]
-
-
-@pytest.fixture
-def home(tmp_path, canary_names):
-    """Somebody's files, among them some with names of ours."""
-    folder = tmp_path / "home"
-    for name in canary_names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("canary")
-    return folder
 
 
 def state_of(folder):
@@ -92,8 +78,34 @@ def linked_leftovers(run, home):
 
 
 def linked_results(run, home):
-    for name in ("evaluation.json", "evaluation.partial", "pretraining", "pictures"):
+    for name in ("evaluation.json", "evaluation.partial", "report.html", "policy.safetensors"):
         replace(run / name, lambda path: path.symlink_to(home / "shell-start-up"))
+
+
+def linked_folders(run, home):
+    for name in ("pretraining", "pictures", "videos", "dreams"):
+        replace(run / name, lambda path: path.symlink_to(home))
+
+
+def linked_pictures(run, home):
+    for path in (run / "pictures").glob("*.png"):
+        replace(path, lambda path: path.symlink_to(home / "shell-start-up"))
+    os.mkfifo(run / "pictures" / "open_loop-9999999.png")
+
+
+def a_picture_of_all_memory(run, home):
+    """20,000 x 20,000 pixels in 50 bytes."""
+    (run / "pictures").mkdir(exist_ok=True)
+    header = struct.pack(">4sIIBBBBB", b"IHDR", 20_000, 20_000, 8, 2, 0, 0, 0)
+    parts = (header, b"IDAT", b"IEND")
+    data = b"".join(struct.pack(">I", len(p) - 4) + p + struct.pack(">I", zlib.crc32(p)) for p in parts)
+    (run / "pictures" / "open_loop-9999999.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+
+
+def junk_rows(run, home):
+    rows = ["[" * 100_000, '{"env_steps": true}', '{"env_steps": 5, "updates": "x", "wall_seconds": []}', "5"]
+    (run / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    forge(lambda content, home: content["host"].update(metrics_offset=10**9))(run, home)
 
 
 def linked_state(run, home):
@@ -117,6 +129,10 @@ KINDS = {
     "files lie elsewhere": forge(files_elsewhere),
     "what is cleared away is links": linked_leftovers,
     "results are links": linked_results,
+    "folders for results are links": linked_folders,
+    "pictures are links and pipes": linked_pictures,
+    "a picture would fill the memory": a_picture_of_all_memory,
+    "rows are junk": junk_rows,
     "states are links": linked_state,
     "pipes in place of files": pipes,
 }

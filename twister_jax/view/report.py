@@ -85,7 +85,7 @@ class Record:
     def steps(self) -> int:
         """Steps taken: rows and checkpoints are not written at the same time."""
         saved = self.counters.get("env_steps")
-        return max(self.newest.get("env_steps", 0), saved if isinstance(saved, int) else 0)
+        return max(self.newest.get("env_steps", 0), saved if files.is_number(saved, int) else 0)
 
     @property
     def notes(self) -> list[str]:
@@ -104,7 +104,7 @@ def read(directory: Path) -> Record:
     rows = list(_rows(directory / "metrics.jsonl"))
     try:
         found = json.loads(files.read(directory / EVALUATION, _MOST_BYTES))
-        evaluation = found if isinstance(found, dict) and "mean" in found else None
+        evaluation = found if _is_evaluation(found) else None
     except (OSError, ValueError, RecursionError):
         evaluation = None
     return Record(directory, config, rows, evaluation, newest_host(directory / "checkpoints"))
@@ -121,8 +121,18 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict) and type(row.get("env_steps")) is int:
-            yield row
+        if isinstance(row, dict) and files.is_number(row.get("env_steps"), int):
+            yield {name: value for name, value in row.items() if value is None or files.is_number(value)}
+
+
+def _is_evaluation(found: Any) -> bool:
+    """Whether everything that is shown of it is there, and of its type: it may come from a stranger."""
+    return (
+        isinstance(found, dict)
+        and all(files.is_number(found.get(name)) for name in ("mean", "median", "std", "episodes"))
+        and (found.get("human_normalized") is None or files.is_number(found["human_normalized"]))
+        and isinstance(found.get("protocol", {}), dict)
+    )
 
 
 def write(directories: Sequence[Path], out: Path) -> None:
