@@ -18,6 +18,7 @@ import dataclasses
 import importlib
 import itertools
 import json
+import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +30,8 @@ from twister_jax.fields import did_you_mean
 
 SUITES = Path(__file__).parent / "suites"
 PLAN = "suite.json"
-_MOST_BYTES = 1 << 26  # of a plan
+_MOST_BYTES, _MOST_BYTES_OF_A_SUITE = 1 << 26, 1 << 16  # of a plan, of what people write
+_SET_NAME = re.compile(r"\w[\w.+-]{0,99}", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +106,9 @@ def load(name: str) -> Suite:
         near = did_you_mean(name, names())
         raise UserError(f"unknown suite {name!r}{near}; one of {', '.join(names())}, or a .toml file")
     try:
-        return _parse(path.stem, tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        data = files.read(path.resolve(), _MOST_BYTES_OF_A_SUITE)
+        return _parse(path.stem, tomllib.loads(data.decode("utf-8")))
+    except (OSError, ValueError, TypeError, IndexError, RecursionError) as error:
         raise UserError(f"{path} is not a suite: {files.one_line(error)}") from None
 
 
@@ -117,9 +120,21 @@ def _parse(name: str, data: dict[str, Any]) -> Suite:
     for key, kind in (("preset", str), ("games", list), ("seeds", list), ("sets", dict)):
         if not data.get(key) or not isinstance(data[key], kind):
             raise ValueError(f"{key} is missing, empty or no {kind.__name__}")
-    if not all(type(seed) is int and seed >= 0 for seed in data["seeds"]):
-        raise ValueError("seeds are whole numbers from 0 on")
+    if not all(type(seed) is int and 0 <= seed < 2**32 for seed in data["seeds"]):
+        raise ValueError("seeds are whole numbers from 0 to 4294967295")
+    for name_of_set, each in data["sets"].items():
+        if not _SET_NAME.fullmatch(name_of_set):  # it is a directory
+            raise ValueError(f"set {name_of_set[:60]!r}: must be letters, digits and . _ + - after the first")
+        if not isinstance(each, dict) or not isinstance(each.get("agent"), str):
+            raise ValueError(f"set {name_of_set} names no agent")
+        if not isinstance(each.get("overrides", {}), dict):
+            raise ValueError(f"overrides of set {name_of_set} are no dict")
+    for key, kind in (("overrides", dict), ("register", str)):
+        if not isinstance(data.get(key, kind()), kind):
+            raise ValueError(f"{key} is no {kind.__name__}")
     score_range = data.get("score_range")
+    if score_range is not None and not -1e15 < float(score_range[0]) < float(score_range[1]) < 1e15:
+        raise ValueError(f"score_range = {score_range}: must be [LOW, HIGH]")
     return Suite(
         name=name,
         preset=data["preset"],

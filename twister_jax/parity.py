@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from twister_jax import agents
+from twister_jax import agents, files
 from twister_jax.agents.fixtures import Fixture, Row
 from twister_jax.errors import UserError
 from twister_jax.files import one_line
@@ -25,7 +25,8 @@ def load(path: Path) -> tuple[dict[str, Any], Fixture]:
       UserError: the file cannot be read or is no fixture.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened so that a pipe in its place is refused, where NumPy would wait.
+        with files.open_regular(path.resolve()) as file, np.load(file, allow_pickle=False) as archive:
             fixture = {name: archive[name] for name in archive.files}
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None

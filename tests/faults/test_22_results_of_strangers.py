@@ -158,3 +158,32 @@ def test_a_seed_of_a_group_is_not_trained_through_a_link(tmp_path, home):
     with pytest.raises(UserError, match="is a symbolic link: refused"):
         train_seeds(of_seeds(config_of(tmp_path / "group"), [0, 1]))
     assert state_of(home) == before
+
+
+SUITE = 'preset = "debug"\ngames = ["Catch"]\nseeds = [0]\nsets.twister.agent = "twister"\n'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        SUITE.replace("twister.agent", '"../../home".agent'),
+        SUITE.replace("twister.agent", '"".agent'),
+        SUITE.replace("[0]", "[99999999999999999999]"),
+        SUITE.replace("[0]", "[-1]"),
+        SUITE.replace('"Catch"', '"../x"'),
+        SUITE + "score_range = []\n",
+        SUITE + "score_range = [nan, inf, 'x']\n",
+        SUITE + "overrides = 3\n",
+        SUITE + "register = ['os:abort']\n",
+        SUITE + "register = 'no_such_module:f'\n",
+        SUITE.replace('agent = "twister"', "agent = {}"),
+        "a=" + "[" * 50_000,
+        "a" * 100_000,
+        "\0",
+    ],
+)
+def test_a_suite_that_cannot_be_is_one_line(tmp_path, text, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some.toml").write_text(text)
+    assert answer(capsys, "run", "some.toml", "--root", tmp_path / "root") == 2
+    assert os.listdir(tmp_path) == ["some.toml"]

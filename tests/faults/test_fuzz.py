@@ -100,6 +100,9 @@ def damaged(data, index, what, value):
 def nothing_computes(monkeypatch):
     """What is accepted ends where training, playing or comparing would begin."""
     monkeypatch.setattr(train, "train", lambda *_, **__: 0)
+    monkeypatch.setattr(train, "train_seeds", lambda *_, **__: 0)
+    for name in ("supervise", "connect"):
+        monkeypatch.setattr(cli.processes, name, lambda *_: cli.processes.ALONE)
     monkeypatch.setattr(evaluation, "evaluate_directory", lambda *_: 0)
     monkeypatch.setattr(loop, "learn_everything", lambda run: None)
     monkeypatch.setattr(run, "compile_programs", lambda *_: None)
@@ -165,10 +168,11 @@ words = st.one_of(
     st.sampled_from(
         ["--", "-h", "--help", "--game", "Pong", "--agent", "twm", "minimal", "--preset", "debug"]
     ),
+    st.sampled_from(["--seeds", "0,1", "--seeds=2", "--out", "x.onnx", "--starts", "--license", "x.toml"]),
     st.sampled_from(["--logdir", "/nowhere", "--step", "--episodes", "--file", "1,000", "1e5", "True", "="]),
 )
 lines = st.tuples(
-    st.sampled_from(["train", "evaluate", "parity", "trian"]),
+    st.sampled_from(["train", *sorted(cli.COMMANDS.keys() - {"doctor"}), "trian"]),
     st.lists(st.one_of(words, st.tuples(names, words).map("=".join)), max_size=7),
 ).map(lambda line: [line[0], *line[1]])
 
