@@ -125,7 +125,7 @@ def _parse(name: str, data: dict[str, Any]) -> Suite:
     for name_of_set, each in data["sets"].items():
         if not _SET_NAME.fullmatch(name_of_set):  # it is a directory
             raise ValueError(f"set {name_of_set[:60]!r}: must be letters, digits and . _ + - after the first")
-        if not isinstance(each, dict) or not isinstance(each.get("agent"), str):
+        if not isinstance(each, dict) or not isinstance(each.get("agent", ""), str):
             raise ValueError(f"set {name_of_set} names no agent")
         if not isinstance(each.get("overrides", {}), dict):
             raise ValueError(f"overrides of set {name_of_set} are no dict")

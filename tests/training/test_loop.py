@@ -409,7 +409,7 @@ def kill_at_random(directory, undisturbed_directory, config, steps, kills):
         process.communicate()
         landed += process.returncode == -signal.SIGKILL
     process = start(directory, steps, "--env.num-envs", "2")
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=900)
     assert process.returncode == 0, said
     assert_same_run(directory, undisturbed_directory)
     print(f"{kills} kills, of which {landed} hit a run that trained")
