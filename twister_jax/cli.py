@@ -259,9 +259,8 @@ def watch(arguments: list[str]) -> int:
     policy = _load(options.logdir, options.step)
     from twister_jax.view.watch import watch as run
 
-    files.check_no_link(Path(options.logdir) / "videos")  # the directory may come from a stranger
-    stem = f"watch-{policy.about['env_steps']:07d}"
-    run(policy, Path(options.logdir) / "videos", options.episodes, stem=stem)
+    files.check_no_link(folder := Path(options.logdir) / "videos")  # the directory may come from a stranger
+    run(policy, folder, options.episodes, stem=f"watch-{policy.about['env_steps']:07d}")
     return 0
 
 
@@ -271,8 +270,8 @@ def dream(arguments: list[str]) -> int:
     policy = _load(options.logdir, options.step)
     from twister_jax.view.dream import dream as run
 
-    files.check_no_link(Path(options.logdir) / "dreams")
-    run(policy, Path(options.logdir) / "dreams", options.starts, options.horizon)
+    files.check_no_link(folder := Path(options.logdir) / "dreams")
+    run(policy, folder, options.starts, options.horizon)
     return 0
 
 
