@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks import options as command_line
+from benchmarks import targets
 from benchmarks.options import Options
 from twister_jax import presets
 from twister_jax.config import Config
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         try:
             options = command_line.parse(sys.argv[1:] if arguments is None else arguments)
+            _prepare(options)
             code = measure(options, command_line.make_config(options))
         except SystemExit as done:  # --help
             code = int(done.code or 0)
@@ -42,14 +44,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _prepare(options: Options) -> None:
+    """Sets what JAX has to find when it is imported."""
+    if options.targets:
+        targets.prepare()
+    flags, name = os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count"
+    if options.sections == ("scaling",) and name not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {name}=8".strip()
+
+
 def measure(options: Options, config: Config) -> int:
     """Section by section, in the order of `SECTIONS`."""
     from twister_jax import runtime
 
-    if options.targets:
-        from benchmarks import absent
-
-        absent.prepare()
     runtime.start_jax()
 
     from benchmarks import machine

@@ -4,14 +4,10 @@ TPUs take `libtpu`, which compiles for them without one (the extra `tpu`). GPUs 
 0.11, the extra `cuda12`); XLA then chooses without trying, and gives matrix products to cuBLAS.
 """
 
-import dataclasses
 import importlib.util
-import os
 from typing import Any, NamedTuple
 
-import jax
-
-from benchmarks.subject import make_shapes
+from benchmarks.subject import make_shapes, trace_update
 from benchmarks.targets import Target
 from twister_jax.config import Config
 from twister_jax.errors import UserError
@@ -48,17 +44,6 @@ class Compiled(NamedTuple):
     """Scratch memory, and results that do not take the place of arguments."""
 
 
-def prepare() -> None:
-    """Before JAX starts: it uses the CPU here, and does not look for TPUs that libtpu could drive."""
-    os.environ |= {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # any: else it asks, and says that nobody answers
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes may compile
-    }
-
-
 def compile_update(target: Target, config: Config) -> Compiled:
     """The update of a run with these settings on all chips of the target.
 
@@ -70,17 +55,9 @@ def compile_update(target: Target, config: Config) -> Compiled:
     with tracing_for(target.chip.kind):
         config = replace(config, {"parallel.data": target.count})
         subject = make_shapes(config)
-        agent = subject.agent
-        devices = Devices.choose(target.count, config.env.num_envs, agent.shared_sizes, devices_there)
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        whole, streams = devices.everywhere, devices.by_env(subject.replay)
-        arguments, places = (subject.state, subject.replay, key), (whole(subject.state), streams, whole(key))
-        shaped = jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments, places
-        )
-        update = dataclasses.replace(agent, sample=devices.sampler(agent.sample)).update
-        traced = devices.trace(update, *shaped, donate=(0, 1), out=(whole(key), streams, whole(key)))
-        lowered = traced.lower()
+        sizes = subject.agent.shared_sizes
+        devices = Devices.choose(target.count, config.env.num_envs, sizes, devices_there)
+        lowered = trace_update(subject, devices).lower()
     compiled = lowered.compile(compiler_options=_WITHOUT_TRYING if target.chip.kind == "gpu" else None)
     memory = compiled.memory_analysis()
     left_over = max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)

@@ -3,7 +3,8 @@
 #
 #   benchmarks/gpu.sh
 #
-# First bfloat16 with a profile, then float32, then a real run for the minutes that are left.
+# First bfloat16 with a profile, then how several GPUs share an update if there are several, then float32,
+# then a real run for the minutes that are left.
 # Results go to $OUT (default benchmarks/out), one flat folder, and are rewritten after every section, so that
 # what is cut off costs only itself: a JSON file for each part, all tables, the trace, and the run's metrics.
 # The exit code is 1 if a measurement failed, was cut off or found no time left.
@@ -37,8 +38,11 @@ if [ -n "${WHEELS:-}" ]; then
     echo "gpu.sh: the wheels in $WHEELS could not be installed; going on without them" >&2
   export PYTHONPATH="$scratch/site${PYTHONPATH:+:$PYTHONPATH}"
 fi
-command -v nvidia-smi >/dev/null &&
+gpus=0
+if command -v nvidia-smi >/dev/null; then
   nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm --format=csv,noheader
+  gpus=$(nvidia-smi --list-gpus | wc -l)
+fi
 
 # bench NAME SECONDS ARGUMENTS…: measures for at most so long; no new measurement begins in the last fifth.
 bench() {
@@ -58,6 +62,7 @@ share() { echo $((MINUTES * 60 * $1 / 100)); }
 # What matters most comes first.
 bench bfloat16 "$(share 35)" --precision bfloat16 --only peak update compile breakdown acting loop --profile "$scratch/profile"
 find "$scratch/profile" -name '*.trace.json.gz' -size -15M -exec cp {} "$OUT/trace.json.gz" \; 2>/dev/null
+[ "$gpus" -gt 1 ] && bench scaling "$(share 15)" --precision bfloat16 --only scaling
 bench growth "$(share 20)" --precision bfloat16 --only growth
 bench float32 "$(share 15)" --precision float32 --only peak update breakdown
 bench convolutions "$(share 8)" --precision bfloat16 --only convolutions

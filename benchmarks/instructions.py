@@ -146,9 +146,7 @@ class Text:
         place = _element(condition[index])
 
         def value(name: str, inside: Computation) -> int:
-            each = inside[name]
-            while each.operation in ("copy", "copy-done", "copy-start", "convert", "bitcast"):
-                each = inside[each.operands[0]]
+            each = _copied(name, inside)
             if each.operation == "get-tuple-element" and inside is not around:
                 return value(first[_element(each)], around)
             found = re.search(r"constant\((-?\d+)\)", each.line)
@@ -156,13 +154,21 @@ class Text:
                 raise ValueError
             return int(found[1])
 
-        step = body[_root(body).operands[place]]
-        while step.operation in ("copy", "bitcast"):
-            step = body[step.operands[0]]
+        step = _copied(_root(body).operands[place], body)
         if step.operation != "add":
             raise ValueError
-        by = next(value(name, body) for name in step.operands if body[name].operation != "get-tuple-element")
+        added = [_copied(name, body) for name in step.operands]
+        is_index = [each.operation == "get-tuple-element" and _element(each) == place for each in added]
+        by = value(added[is_index.index(False)].name, body)
         return max(0, math.ceil((value(end, condition) - value(first[place], around)) / by))
+
+
+def _copied(name: str, inside: Computation) -> Instruction:
+    """What an instruction is a copy of."""
+    each = inside[name]
+    while each.operation in ("copy", "copy-done", "copy-start", "convert", "bitcast"):
+        each = inside[each.operands[0]]
+    return each
 
 
 def _root(computation: Computation) -> Instruction:

@@ -7,7 +7,7 @@ the part that is touched counts as memory traffic.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from benchmarks import programs
 from benchmarks.instructions import Computation, Instruction, Shape, Text, roots, users
@@ -128,7 +128,7 @@ class _Reader:
             kind=_kind(each),
             times=times,
             loop=loop,
-            bytes=sum(s.bytes for s in each.results[:2]) if hidden else self.traffic(each, inside),
+            bytes=_moved(each.results[:2]) if hidden else self.traffic(each, inside),
             work=Work() if hidden else self.work(each, inside),
             hidden=hidden,
             scalar=each.operation not in _FUSIONS and all(s.elements <= 2 for s in each.results),
@@ -252,6 +252,11 @@ class _Reader:
                 if found:
                     return found, sent
         return "", 0.0
+
+
+def _moved(ends: Sequence[Shape]) -> float:
+    """Bytes of a copy or slice between two places, of which one may be on the chip."""
+    return min(s.padded * s.itemsize for s in ends) * sum(s.space == 0 for s in ends)
 
 
 def _kind(each: Instruction) -> str:

@@ -24,8 +24,9 @@ SECTIONS = (
     "acting",
     "loop",
     "growth",
+    "scaling",
 )
-DEFAULT_SECTIONS = tuple(name for name in SECTIONS if name not in ("compile", "growth"))
+DEFAULT_SECTIONS = tuple(name for name in SECTIONS if name not in ("compile", "growth", "scaling"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--precision", default="auto", help="of matrix products: float32, bfloat16 or auto")
     add("--game", default=envs.DEFAULT_GAME, help="what is played (default %(default)s)")
     add("--only", nargs="+", metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
-    add("--all", action="store_true", help="all sections; without it all but compile and growth")
+    add("--all", action="store_true", help="all sections; without it all but compile, growth, scaling")
     add("--batch-size", type=int, help="windows of an update, in place of the preset's")
     add("--batch-length", type=int, help="steps of a window, in place of the preset's")
     add("--horizon", type=int, help="imagined steps, in place of the preset's")
@@ -168,6 +169,8 @@ def make_config(options: Options) -> Config:
     preset = options.preset
     if preset == presets.AUTO:  # machines that are compiled for are accelerators
         preset = "paper" if options.targets else cli.automatic_preset()
+        if preset == "cpu" and options.sections == ("scaling",):
+            preset = "debug"  # on virtual devices times mean little, and many programs are compiled
     config = presets.make_config(options.agent, preset, options.game, precision=options.precision)
     if options.envs is not None:
         config = replace(config, {"env.num_envs": options.envs})

@@ -6,6 +6,7 @@ however little it does is published by nobody: `launch` is an assumption, the sa
 
 import dataclasses
 import math
+import os
 import re
 
 from twister_jax.errors import UserError
@@ -104,6 +105,17 @@ def parse(name: str) -> Target:
     if not re.fullmatch("x".join(["[1-9][0-9]{0,3}"] * axes), size or "x".join(["1"] * axes)):
         raise UserError(f"--target {name}: must be one chip, {model}, or a size as in {example}")
     return Target(name, chip, tuple(int(n) for n in size.split("x")) if size else (1,) * axes)
+
+
+def prepare() -> None:
+    """Before JAX is imported: it uses the CPU here, and does not look for TPUs that libtpu could drive."""
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # any: else it asks, and says that nobody answers
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes may compile
+    }
 
 
 def chip_of(device_kind: str) -> Chip | None:

@@ -106,7 +106,8 @@ TPU_PROGRAM = """HloModule jit_update
   %two = s32[]{:T(128)} constant(2)
   %carry = (s32[]{:T(128)}, f32[16,3]{1,0:T(8,128)}, bf16[64,3]{1,0:T(8,128)(2,1)}) parameter(0)
   %i = s32[]{:T(128)} get-tuple-element(%carry), index=0
-  %next = s32[]{:T(128)S(6)} add(%i, %two)
+  %copied = s32[]{:T(128)S(6)} copy(%i)
+  %next = s32[]{:T(128)S(6)} add(%copied, %two)
   %x = f32[16,3]{1,0:T(8,128)} get-tuple-element(%carry), index=1
   %b = bf16[64,3]{1,0:T(8,128)(2,1)} get-tuple-element(%carry), index=2
   %a = bf16[100,64]{1,0:T(8,128)(2,1)S(1)} custom-call(), custom_call_target="AllocateBuffer"
@@ -154,7 +155,7 @@ def read_tpu_program() -> dict[str, Kernel]:
 def test_tiles_of_a_tpu_are_counted_with_their_padding_and_what_is_on_the_chip_is_not():
     found = read_tpu_program()
     assert {name: each.times for name, each in found.items()} == {
-        "first": 1, "row": 1, "sum-start": 1, "next": 4, "negate": 4, "fusion": 4,
+        "first": 1, "row": 1, "sum-start": 1, "copied": 4, "next": 4, "negate": 4, "fusion": 4,
     }  # fmt: skip
     assert found["negate"].bytes == 2 * 16 * 128 * 4
     assert found["negate"].work == Work(vector=16 * 128)
