@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from twister_jax.config import OptimizerConfig
-from twister_jax.nn.optimizer import apply_gradients, global_norm, make_optimizer
+from twister_jax.nn.optimizer import apply_gradients, global_norm, largest_step, make_optimizer
 
 
 def step(config, params, gradients, sound=True):
@@ -76,3 +76,18 @@ def test_new_parameters_that_are_not_finite_are_not_taken():
     assert np.isfinite(norm)
     assert not finite
     chex.assert_trees_all_equal((new, state), (params, make_optimizer(config).init(params)))
+
+
+@pytest.mark.parametrize(("epsilon", "least"), [(1e-8, 4.0), (1e-30, 1e9)])
+def test_no_step_is_longer_than_what_is_reckoned_with(epsilon, least):
+    """Gradients that grow so that each adds equally to both of Adam's means give the longest steps."""
+    config, weight = OptimizerConfig(1.0, epsilon, 1e30), jnp.zeros(())
+    state = make_optimizer(config).init(weight)
+
+    def one(state, exponent):
+        gradient = (0.999 / 0.9) ** exponent
+        stepped, state, *_ = apply_gradients(config, gradient, weight, state, jnp.asarray(True))
+        return state, jnp.abs(stepped)
+
+    _, steps = jax.lax.scan(one, state, jnp.arange(-400.0, 390.0))
+    assert least < steps.max() < largest_step(config)
