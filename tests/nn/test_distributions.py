@@ -1,5 +1,6 @@
 """Distributions against closed forms and independent implementations."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ from twister_jax.nn.distributions import (
     Bernoulli,
     BoundedNormal,
     KeySampler,
+    NamedKeys,
     OneHot,
     SymlogTwoHot,
     symexp,
@@ -57,6 +59,15 @@ def test_a_sampler_gives_every_name_its_own_draw():
     sampler, fair = KeySampler(jax.random.key(0)), OneHot.of(jnp.zeros((1000, 2)))
     assert np.array_equal(sampler("a", fair), sampler("a", fair))
     assert not np.array_equal(sampler("a", fair), sampler("b", fair))
+
+
+def test_keys_derived_beforehand_draw_the_same():
+    keys, policy = jax.random.split(jax.random.key(3), 5), OneHot.of(jnp.zeros((40, 6)))
+    of_rounds = NamedKeys.of_rounds(keys, "action", "prior")
+    for index, key in enumerate(keys):
+        beforehand = NamedKeys(jax.tree.map(lambda x, i=index: x[i], of_rounds))
+        for name in ("action", "prior"):
+            chex.assert_trees_all_equal(beforehand(name, policy), KeySampler(key)(name, policy))
 
 
 def test_straight_through_is_the_sample_with_the_gradient_of_the_probabilities():

@@ -12,7 +12,7 @@ from flax import nnx
 from tests.nn.helpers import DEVICES, random_norm
 from twister_jax import nn as package
 from twister_jax import runtime
-from twister_jax.nn.kernels import bias_silu, conv2d, conv2d_transpose, norm_silu, position_scores
+from twister_jax.nn.kernels import bias_silu, conv2d, conv2d_transpose, few_products, norm_silu
 from twister_jax.nn.layers import NormedLinear
 
 IMAGE, KERNEL = jnp.ones((2, 8, 8, 3)), jnp.ones((4, 4, 3, 5))
@@ -42,13 +42,13 @@ def test_gradients_written_out_are_for_a_cpu_alone(operation, device):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("device", DEVICES)
-def test_position_scores_are_a_product_summed_in_float32(device, dtype):
+def test_few_products_are_a_product_summed_in_float32(device, dtype):
     rng = np.random.default_rng(0)
     position, by_slot = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((7, 4, 16), (4, 5, 16)))
     weight = rng.normal(size=(7, 4, 5)).astype(np.float32)
 
     def loss(position, by_slot):
-        scores = position_scores(position, by_slot)
+        scores = few_products("nhd,hsd->nhs", position, by_slot)
         return jnp.sum(weight * scores), scores
 
     with runtime.tracing_for(device):
@@ -60,6 +60,22 @@ def test_position_scores_are_a_product_summed_in_float32(device, dtype):
     tolerance = 1e-4 if dtype == jnp.float32 else 3e-2
     for ours, each in zip(gradients, exact, strict=True):
         np.testing.assert_allclose(ours.astype(jnp.float32), each, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes"),
+    [
+        ("nhqs,hqks->nhqk", ((5, 2, 3, 8), (2, 3, 6, 8))),
+        ("nhqs,nhks->nhqk", ((5, 2, 3, 8), (5, 2, 6, 8))),
+        ("bhqk,bhks->bhqs", ((5, 2, 3, 6), (5, 2, 6, 8))),
+        ("ab,cb->ca", ((3, 4), (5, 4))),
+    ],
+)
+def test_few_products_are_any_einsum(equation, shapes):
+    factors = [np.random.default_rng(n).normal(size=shape) for n, shape in enumerate(shapes)]
+    with runtime.tracing_for("gpu"):
+        found = few_products(equation, *(jnp.asarray(factor, jnp.float32) for factor in factors))
+    np.testing.assert_allclose(found, np.einsum(equation, *factors), rtol=1e-4, atol=1e-5)
 
 
 def test_only_the_kernels_ask_for_the_device():

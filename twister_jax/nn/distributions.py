@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from twister_jax.randomness import uniform
 
@@ -182,6 +182,24 @@ class KeySampler:
 
     def __call__(self, name: str, distribution: Policy) -> Array:
         return distribution.draw(jax.random.fold_in(self._key, _name_hash(name)))
+
+
+class NamedKeys:
+    """Draws as `KeySampler` does, with keys that were derived beforehand.
+
+    In a loop deriving them would cost each round the many small operations of a random generator.
+    """
+
+    def __init__(self, keys: dict[str, PRNGKeyArray]):
+        self._keys = keys
+
+    @staticmethod
+    def of_rounds(keys: Key[Array, " round"], *names: str) -> dict[str, Key[Array, " round"]]:
+        """Of each round's key the keys of its draws."""
+        return {name: jax.vmap(jax.random.fold_in, (0, None))(keys, _name_hash(name)) for name in names}
+
+    def __call__(self, name: str, distribution: Policy) -> Array:
+        return distribution.draw(self._keys[name])
 
 
 class GivenSampler:

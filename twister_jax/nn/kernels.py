@@ -5,6 +5,7 @@ some of these, so a CPU gets the formulations written out in `cpu_convolutions` 
 `runtime.target()` says which device is being traced for.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -167,14 +168,24 @@ def product(
     return jnp.matmul(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def position_scores(
-    position: Float[Array, "sequence head size"], by_slot: Float[Array, "head slot size"]
-) -> Float[Array, "sequence head slot"]:
-    """The part of a step's attention scores that depends on distances, whose keys all sequences share.
+def few_products(equation: str, *factors: Array) -> Array:
+    """An einsum with little to sum for each of its results, in float32.
 
-    A matrix product, in float32. On a GPU it is written as a sum, which the kernel that adds it to the rest
-    of the scores can take: a product's own kernel would cost more than its arithmetic.
+    A matrix product, but on a GPU a sum of products, which the kernels before and after it can take: a
+    product's own kernel, and those that pad its factors to what tensor cores want, would cost more than its
+    arithmetic.
     """
-    if runtime.target() == "gpu":
-        return jnp.sum(position.astype(jnp.float32)[:, :, None] * by_slot.astype(jnp.float32), axis=-1)
-    return float32_einsum("nhd,hsd->nhs", position, by_slot)
+    if runtime.target() != "gpu":
+        return float32_einsum(equation, *factors)
+    inputs, result = equation.split("->")
+    summed = sorted(set(inputs) - set(result) - {","})
+    axes = [*result, *summed]
+
+    def aligned(factor: Array, names: str) -> Array:
+        order = sorted(range(len(names)), key=lambda n: axes.index(names[n]))
+        shape = iter(factor.shape[n] for n in order)
+        there = {*names}
+        return factor.transpose(order).reshape([next(shape) if axis in there else 1 for axis in axes])
+
+    wide = [aligned(f.astype(jnp.float32), n) for f, n in zip(factors, inputs.split(","), strict=True)]
+    return jnp.sum(math.prod(wide[1:], start=wide[0]), axis=tuple(range(len(result), len(axes))))

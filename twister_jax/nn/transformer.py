@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from twister_jax.nn.attention import NO_DROPOUT, Dropout, float32_einsum, relative_shift, sinusoids
-from twister_jax.nn.kernels import position_scores
+from twister_jax.nn.kernels import few_products
 from twister_jax.nn.layers import add_bias, layer_norm, pytorch_linear
 
 KeysValues = tuple[
@@ -117,7 +117,9 @@ class Block(nnx.Module):
         values = _put(values, self.split(value), slot)
         content = self.split(add_bias(query, self.u[...]))
         position = self.split(add_bias(query, self.v[...]))
-        scores = float32_einsum("nhd,nhsd->nhs", content, keys) + position_scores(position, by_slot)
+        scores = float32_einsum("nhd,nhsd->nhs", content, keys) + few_products(
+            "nhd,hsd->nhs", position, by_slot
+        )
         scores = scores * keys.shape[-1] ** -0.5
         weights = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf)).astype(values.dtype)
         attended = jnp.einsum("nhs,nhsd->nhd", weights, values)

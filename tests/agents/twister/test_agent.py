@@ -282,7 +282,7 @@ def test_every_action_is_drawn_by_itself(small):
 
 
 def test_what_an_update_draws_it_draws_by_itself(small, replay, monkeypatch):
-    """A key for each of: the second views, the latents, dropout, and every step that is imagined."""
+    """A key for each of: the second views, the latents, dropout, and both draws of every imagined step."""
     seen = {}
 
     class Watched(Twister):
@@ -307,13 +307,14 @@ def test_what_an_update_draws_it_draws_by_itself(small, replay, monkeypatch):
     @jax.jit
     def watch(key):
         twister.learn(state, windows, key)
-        keys = [jax.random.key_data(seen[name]) for name in ("view", "latents", "dropout", "imagination")]
+        parts = [seen[name] for name in ("view", "latents", "dropout", "imagination")]
+        keys = [jax.random.key_data(each) for each in jax.tree.leaves(parts)]
         return jnp.concatenate([jnp.atleast_2d(each) for each in keys]), seen["trajectory"].action.argmax(-1)
 
     actions = []
     for seed in range(12):
         keys, action = watch(jax.random.key(seed))
-        assert len(np.unique(keys, axis=0)) == 3 + SMALL.algorithm.imagination_horizon
+        assert len(np.unique(keys, axis=0)) == 3 + 2 * SMALL.algorithm.imagination_horizon
         actions.append(np.asarray(action))
     actions = np.stack(actions)  # [update, step, sequence]
     assert_independent(actions[:, :-1], actions[:, 1:])

@@ -7,6 +7,7 @@ import pytest
 from tests.agents.twm.conftest import MODEL
 from twister_jax.agents.twm import dynamics as D
 from twister_jax.nn.distributions import Bernoulli, OneHot
+from twister_jax.runtime import tracing_for
 
 BATCH, STEPS = 3, 8
 LATENT = MODEL.stoch_groups * MODEL.stoch_classes
@@ -49,7 +50,8 @@ def test_visible_tokens_one_by_one():
             assert seen[query, key] == (oldest <= key <= query and same), (query, key)
 
 
-def test_memory_gives_what_the_whole_sequence_gives(networks, params, sequence, hidden_states):
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_memory_gives_what_the_whole_sequence_gives(device, networks, params, sequence, hidden_states):
     """Longer than the memory, with episode ends inside."""
     whole = hidden_states(**sequence)
     dynamics = networks.merge("dynamics", params["dynamics"])
@@ -66,10 +68,14 @@ def test_memory_gives_what_the_whole_sequence_gives(networks, params, sequence, 
             memory, position_keys, step, reward[:, step - 1], latent[:, step], action[:, step], known
         )
 
-    hidden, memory = dynamics.step(memory, position_keys, 0, None, latent[:, 0], action[:, 0], episode * 0)
+    with tracing_for(device):
+        hidden, memory = dynamics.step(
+            memory, position_keys, 0, None, latent[:, 0], action[:, 0], episode * 0
+        )
     for step in range(STEPS):
         if step:
-            hidden, memory = one_step(memory, step)
+            with tracing_for(device):
+                hidden, memory = one_step(memory, step)
         chex.assert_trees_all_close(hidden, whole[:, step], atol=2e-5, rtol=2e-5)
 
 

@@ -39,7 +39,7 @@ from twister_jax.agents.twister.world_model import (
 )
 from twister_jax.config import Config
 from twister_jax.envs.base import EnvSpec
-from twister_jax.nn.distributions import KeySampler, Sampler
+from twister_jax.nn.distributions import KeySampler, NamedKeys, Sampler
 from twister_jax.nn.networks import Networks, Params
 from twister_jax.nn.optimizer import where_finite
 from twister_jax.nn.transformer import KeyValueCache
@@ -187,9 +187,10 @@ class Twister:
         trained = step("world_model", gradients, out.losses)
 
         # 3. Imagine from every state of the windows, with the new world model.
-        noise = jax.random.split(key_dream, config.imagination_horizon)
+        keys = jax.random.split(key_dream, config.imagination_horizon)
+        noise = NamedKeys.of_rounds(keys, "action", "prior")
         with jax.named_scope("imagination"):
-            start, trajectory = self.imagine(trained.params, out.observed, windows, noise, KeySampler)
+            start, trajectory = self.imagine(trained.params, out.observed, windows, noise, NamedKeys)
 
         # 4. Train the critic, then the actor on the critic's values.
         with jax.named_scope("actor_and_critic"):

@@ -38,7 +38,7 @@ from twister_jax.agents.twm.world_model import WorldModelOutput, loss_scales, st
 from twister_jax.config import Config
 from twister_jax.envs.base import EnvSpec
 from twister_jax.errors import UserError
-from twister_jax.nn.distributions import KeySampler, OneHot, Sampler
+from twister_jax.nn.distributions import KeySampler, NamedKeys, OneHot, Sampler
 from twister_jax.nn.networks import Networks, Params
 from twister_jax.parallel import split
 from twister_jax.replay.store import Replay
@@ -168,8 +168,9 @@ class Twm:
             encoder = self.observation(trained.params["observation"]).encoder
             restarts = flat(encoder(to_float(batch.fresh)).draw(key_restarts))
             restarts = restarts.reshape(config.imagination_horizon, config.restart_frames, -1)
-            noise = jax.random.split(key_dream, config.imagination_horizon)
-            trajectory, _ = self.imagine(trained.params, start, restarts, noise, KeySampler)
+            keys = jax.random.split(key_dream, config.imagination_horizon)
+            noise = NamedKeys.of_rounds(keys, "action", "latent")
+            trajectory, _ = self.imagine(trained.params, start, restarts, noise, NamedKeys)
 
         # 3. Train critic and actor.
         with jax.named_scope("actor_and_critic"):

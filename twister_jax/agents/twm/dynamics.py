@@ -24,6 +24,7 @@ from twister_jax.agents.twm.config import TwmModelConfig
 from twister_jax.agents.twm.mlp import Mlp
 from twister_jax.nn.attention import NO_DROPOUT, Dropout, relative_shift, sinusoids
 from twister_jax.nn.distributions import Bernoulli, OneHot
+from twister_jax.nn.kernels import few_products
 from twister_jax.nn.layers import Linear, add_bias, layer_norm, logits_init, uniform_fan_in
 
 TOKENS_PER_STEP = 3
@@ -129,7 +130,10 @@ class Block(nnx.Module):
         chex.assert_equal_shape([content, position])
         scores = (content + position).astype(jnp.float32) * self.scale
         weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf))
-        return jnp.einsum("bhqk,bhks->bhqs", dropout(weights).astype(value.dtype), value)
+        weights = dropout(weights).astype(value.dtype)
+        # A step of imagination has few queries, a window many.
+        product = few_products if weights.shape[-2] <= TOKENS_PER_STEP else jnp.einsum
+        return product("bhqk,bhks->bhqs", weights, value).astype(value.dtype)
 
 
 class Dynamics(nnx.Module):
@@ -242,10 +246,10 @@ class Dynamics(nnx.Module):
             discount=Bernoulli(self.discount_head(hidden, dropout)[..., 0]),
         )
 
-    def position_keys(self, tokens: int) -> tuple[Float[Array, "head distance size"], ...]:
+    def position_keys(self, tokens: int) -> Float[Array, "block head distance size"]:
         """Every block's W_p·r_d for d = 0…tokens − 1: they depend on distance alone, so once per rollout."""
         encodings = sinusoids(tokens, self.config.hidden_size)
-        return tuple(block.split(block.position(encodings)) for block in self.blocks)
+        return jnp.stack([block.split(block.position(encodings)) for block in self.blocks])
 
     def empty_memory(self, sequences: int, steps: int) -> Memory:
         """Room for `steps` steps, the last without its reward, rounded up to what GPUs multiply by.
@@ -260,7 +264,7 @@ class Dynamics(nnx.Module):
     def step(
         self,
         memory: Memory,
-        position_keys: tuple[Float[Array, "head distance size"], ...],
+        position_keys: Float[Array, "block head distance size"],
         step: Int[Array, ""] | int,
         reward_before: Float[Array, " sequence"] | None,
         latent: Float[Array, "sequence latent"],
@@ -285,7 +289,8 @@ class Dynamics(nnx.Module):
         positions = TOKENS_PER_STEP * step + _ACTION - jnp.arange(len(tokens))[::-1]
         rows = jnp.arange(memory.keys[0].shape[2])
         seen = visible(positions, rows, episode, self.config.memory_steps)
-        distance = jnp.maximum(positions[:, None] - rows, 0)
+        # Of all blocks at once: on a GPU each gather is a kernel.
+        by_distance = position_keys[:, :, jnp.maximum(positions[:, None] - rows, 0)]
 
         keys, values = [], []
         for index, block in enumerate(self.blocks):
@@ -296,13 +301,13 @@ class Dynamics(nnx.Module):
             value = _write(memory.values[index], value, positions[0])
             keys.append(key)
             values.append(value)
-            seen_here = seen
-            if index == len(self.blocks) - 1:
-                query, x, seen_here, distance = query[:, :, -1:], x[:, -1:], seen[:, -1:], distance[-1:]
-            position = jnp.einsum(
-                "nhqs,hqks->nhqk", self._biased(query, self.position_bias), position_keys[index][:, distance]
+            # The last block computes what is read, the action token.
+            queries = 1 if index == len(self.blocks) - 1 else len(tokens)
+            query, x, seen_here = query[:, :, -queries:], x[:, -queries:], seen[:, -queries:]
+            position = few_products(
+                "nhqs,hqks->nhqk", self._biased(query, self.position_bias), by_distance[index][:, -queries:]
             )
-            content = jnp.einsum("nhqs,nhks->nhqk", self._biased(query, self.content_bias), key)
+            content = few_products("nhqs,nhks->nhqk", self._biased(query, self.content_bias), key)
             attended = block.attend(content, position, value, seen_here, NO_DROPOUT)
             x = block.finish(x, attended, NO_DROPOUT)
         return x[:, 0], Memory(tuple(keys), tuple(values))
