@@ -371,7 +371,7 @@ def test_a_signal_saves_and_exits(tmp_path, number, code):
     assert not Checkpointer(tmp_path / "checkpoints").steps()
     sent = time.monotonic()
     process.send_signal(number)
-    said, _ = process.communicate(timeout=30)
+    said, _ = process.communicate(timeout=90)
     assert process.returncode == code, said
     assert time.monotonic() - sent < 10
     assert "saved; the same command goes on" in said

@@ -283,7 +283,7 @@ def _item(directory: Path, path: Path) -> dict[str, Any] | None:
         if path.suffix == ".png":
             with Image.open(io.BytesIO(data)) as picture:
                 item["width"] = picture.width
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         why = getattr(error, "strerror", None) or "damaged"
         return item | {"caption": f"{caption}: {name} is not shown here ({why})"}
     return item | {"data": base64.b64encode(data).decode(), "caption": caption}
