@@ -123,7 +123,7 @@ class Soak:
                 try:
                     samples[now] = sample(process, self.directory)
                 except (FileNotFoundError, KeyError):
-                    break  # it has ended
+                    continue  # it has ended, or a folder went while it was looked into
                 self.tell(now, samples[now])
             if due is not None and now > max(due, before):
                 time.sleep(self.draw.uniform(0, 2))
