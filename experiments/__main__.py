@@ -6,7 +6,6 @@ Bad input is answered by one line on the standard error stream and exit code 2.
 import argparse
 import contextlib
 import importlib
-import io
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ from experiments.launchers import LAUNCHERS, Options
 from twister_jax import files
 from twister_jax.errors import UserError
 from twister_jax.fields import did_you_mean
-from twister_jax.training.progress import say
+from twister_jax.training.progress import print_anywhere, say
 
 PROGRAM = "python -m experiments"
 HELP = f"""usage: {PROGRAM} COMMAND [OPTIONS]
@@ -49,9 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that knows ASCII alone
+    print_anywhere()
     try:
         try:
             if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -61,10 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if name not in COMMANDS:
                 near = did_you_mean(name, COMMANDS)
                 raise UserError(f"unknown command {name!r}{near}; one of {', '.join(COMMANDS)}")
-            try:
-                os.getcwd()
-            except OSError:
-                raise UserError("the working directory was deleted: change to another one") from None
+            files.check_working_directory()
             code = COMMANDS[name](rest)
         except SystemExit as done:  # --help
             code = int(done.code or 0)

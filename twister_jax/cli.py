@@ -6,7 +6,6 @@ the input is known to be good.
 
 import contextlib
 import dataclasses
-import io
 import logging
 import os
 import sys
@@ -19,7 +18,7 @@ from twister_jax.config import Config
 from twister_jax.errors import UserError
 from twister_jax.fields import NonNegativeInt, PositiveInt, Range, did_you_mean
 from twister_jax.runtime import start_jax
-from twister_jax.training.progress import say
+from twister_jax.training.progress import print_anywhere, say
 
 PROGRAM = "python -m twister_jax"
 HELP = f"""usage: {PROGRAM} COMMAND [OPTIONS]
@@ -117,9 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.raiseExceptions = False  # what cannot be printed is no reason to stop
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that knows ASCII alone
+    print_anywhere()
     logging.getLogger("absl").setLevel(logging.ERROR)
     logging.getLogger("twister_jax").setLevel(logging.INFO)
     try:
@@ -131,10 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(
                 f"unknown command {name!r}{did_you_mean(name, COMMANDS)}; one of {', '.join(COMMANDS)}"
             )
-        try:
-            os.getcwd()
-        except OSError:
-            raise UserError("the working directory was deleted: change to another one") from None
+        files.check_working_directory()
         return COMMANDS[name](rest)
     except UserError as error:
         with contextlib.suppress(OSError, ValueError):

@@ -148,6 +148,14 @@ def check_directory(path: Path) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
 
 
+def check_working_directory() -> None:
+    """Raises `UserError` where it was deleted, before anything relative to it is looked for."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise UserError("the working directory was deleted: change to another one") from None
+
+
 def check_no_link(*paths: Path) -> None:
     """Raises `UnsafePathError` at the first that is a symbolic link; one that is missing may be made."""
     for path in paths:

@@ -23,13 +23,17 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     )
 
 
-def global_norm(gradients: Params) -> Float[Array, ""]:
-    """What `optax.tree.norm` computes, with vectors, which are many and short, in one reduction."""
-    leaves = jax.tree.leaves(gradients)
+def _few_arrays(tree: Params) -> list[Array]:
+    """All numbers of a tree, with vectors, which are many and short, in one array: one reduction for them."""
+    leaves = jax.tree.leaves(tree)
     vectors = [leaf for leaf in leaves if leaf.ndim <= 1]  # scalars too
     joined = [jnp.concatenate([vector.reshape(-1) for vector in vectors])] if vectors else []
-    squares = [jnp.sum(x * x) for x in [*joined, *(leaf for leaf in leaves if leaf.ndim > 1)]]
-    return jnp.sqrt(sum(squares))
+    return [*joined, *(leaf for leaf in leaves if leaf.ndim > 1)]
+
+
+def global_norm(gradients: Params) -> Float[Array, ""]:
+    """What `optax.tree.norm` computes."""
+    return jnp.sqrt(sum(jnp.sum(x * x) for x in _few_arrays(gradients)))
 
 
 def largest_step(config: OptimizerConfig) -> float:
@@ -43,11 +47,7 @@ def largest_step(config: OptimizerConfig) -> float:
 
 def largest(params: Params) -> Float[Array, ""]:
     """The largest magnitude in a tree; nan where there is one."""
-    leaves = jax.tree.leaves(params)
-    vectors = [leaf for leaf in leaves if leaf.ndim <= 1]
-    joined = [jnp.concatenate([vector.reshape(-1) for vector in vectors])] if vectors else []
-    each = [jnp.max(jnp.abs(x)) for x in [*joined, *(leaf for leaf in leaves if leaf.ndim > 1)]]
-    return jnp.max(jnp.stack(each))
+    return jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in _few_arrays(params)]))
 
 
 def where_finite(sound: Bool[Array, ""], new: Any, old: Any) -> Any:

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from twister_jax.agents.base import Health, Learner
 from twister_jax.errors import UserError
 from twister_jax.parallel import SEED
-from twister_jax.randomness import Purpose, generator_for, key_for
+from twister_jax.randomness import Purpose, key_for
 from twister_jax.replay.store import Replay, Transition
 from twister_jax.runtime import target
 from twister_jax.training import seeds
@@ -261,8 +261,7 @@ class Group:
             return
         actions = np.array(self.states.action)
         for member in filling:
-            generator = generator_for(member.config.seed, Purpose.PREFILL, member.counters.iterations)
-            actions[member.index] = member.env.spec.random_actions(generator, member.env.num_envs)
+            actions[member.index] = member.random_actions()
         if filling:
             carry = self._took(self.states.carry, self._put(actions), self._mask(filling))
             self.states = dataclasses.replace(self.states, carry=carry)

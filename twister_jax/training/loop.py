@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from twister_jax.agents.base import Pretraining
-from twister_jax.randomness import Purpose, generator_for, key_for
+from twister_jax.randomness import Purpose, key_for
 from twister_jax.training.run import Run
 
 
@@ -39,8 +39,7 @@ def learn_everything(run: Run, iterate: Callable[[Run], None] | None = None) -> 
 def fill(run: Run) -> None:
     """One step of the prefill: random actions, at which the actor looks on."""
     act(run)
-    generator = generator_for(run.config.seed, Purpose.PREFILL, run.counters.iterations)
-    action = run.put_action(run.env.spec.random_actions(generator, run.config.env.num_envs))
+    action = run.put_action(run.random_actions())
     run.state = dataclasses.replace(run.state, carry=run.agent.took(run.state.carry, action), action=action)
     step_env(run)
     if not run.filling:

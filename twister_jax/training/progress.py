@@ -1,6 +1,7 @@
 """What a run says to people while it goes on."""
 
 import contextlib
+import io
 import sys
 import time
 from collections.abc import Mapping
@@ -109,6 +110,13 @@ def line_of(run: "Run", shown: Mapping[str, Any]) -> str:
         target = run.config.train.steps + sum(phase.updates for phase in run.agent.pretraining)
         parts.append(f"left {duration((target - counters.position) / pace)}")
     return "  ".join(parts)
+
+
+def print_anywhere() -> None:
+    """From now on a terminal that knows ASCII alone gets `?` for what it cannot show."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def say(line: str) -> None:

@@ -184,6 +184,11 @@ class Run:
             self._fits = True
         return program
 
+    def random_actions(self) -> np.ndarray:
+        """Actions [env, num_actions] of the prefill's present step, of the environments of all processes."""
+        generator = generator_for(self.config.seed, Purpose.PREFILL, self.counters.iterations)
+        return self.env.spec.random_actions(generator, self.config.env.num_envs)
+
     def put_action(self, action: np.ndarray) -> jax.Array:
         """Actions of all environments, copied to the devices that act for them."""
         return self.devices.put(action, self.devices.by_env(action))
