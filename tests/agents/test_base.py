@@ -75,7 +75,7 @@ def test_a_step_moves_one_network_alone(trained):
     assert float(norm) == 5.0
     assert {name: bool(value) for name, value in finite.items()} == {"policy": True, "actor_gradient": True}
     np.testing.assert_allclose(stepped.params["actor"]["w"], [0.9, 0.9, 1.0], rtol=1e-5)
-    assert int(stepped.optimizers["actor"][1].count) == 1
+    assert int(stepped.optimizers["actor"].adam[1].count) == 1
     for name in ("critic", "frozen"):
         assert leaves_equal(stepped.params[name], trained.params[name])
     assert leaves_equal(stepped.optimizers["critic"], trained.optimizers["critic"])

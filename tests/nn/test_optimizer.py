@@ -8,11 +8,11 @@ import optax
 import pytest
 
 from twister_jax.config import OptimizerConfig
-from twister_jax.nn.optimizer import apply_gradients, global_norm, largest_step, make_optimizer
+from twister_jax.nn.optimizer import apply_gradients, global_norm, init, largest_step
 
 
 def step(config, params, gradients, sound=True):
-    state = make_optimizer(config).init(params)
+    state = init(config, params)
     return apply_gradients(config, gradients, params, state, jnp.asarray(sound))
 
 
@@ -21,6 +21,16 @@ def tree(seed, scale=1.0):
     draw = np.random.default_rng(seed).normal
     leaves, structure = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
     return structure.unflatten([jnp.asarray(scale * draw(size=shape), jnp.float32) for shape in leaves])
+
+
+def find(chain):
+    """Adam's state among those of a chain."""
+    return next(each for each in chain if hasattr(each, "mu"))
+
+
+def numbers(tree):
+    """All numbers of a tree, in order of size."""
+    return np.sort(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]))
 
 
 @pytest.mark.parametrize("gradients", [tree(0), {"kernel": jnp.ones((2, 3))}, {"bias": jnp.arange(4.0)}])
@@ -37,8 +47,9 @@ def test_clips_and_steps_as_optax_does(scale):
     new, state, norm, finite = step(config, params, gradients)
     assert finite
     chex.assert_trees_all_close(new, optax.apply_updates(params, updates), rtol=1e-5, atol=1e-6)
-    moments = [[each for each in parts if hasattr(each, "mu")] for parts in (state, expected)]
-    chex.assert_trees_all_close(*moments, rtol=1e-5)  # the step forgets a gradient's length, these do not
+    for moment in ("mu", "nu"):  # the step forgets a gradient's length, these do not
+        got, wanted = (numbers(getattr(find(of), moment)) for of in (state.adam, expected))
+        np.testing.assert_allclose(got, wanted, rtol=1e-5)
     np.testing.assert_allclose(norm, optax.tree.norm(gradients), rtol=1e-6)  # before clipping
 
 
@@ -63,7 +74,7 @@ def test_what_is_not_finite_leaves_no_trace(bad, sound):
     config, params, gradients = OptimizerConfig(0.1, 1e-5, 1.0), tree(4), tree(5)
     gradients["bias"] = gradients["bias"].at[2].set(bad)
     new, state, _, finite = step(config, params, gradients, sound)
-    chex.assert_trees_all_equal((new, state), (params, make_optimizer(config).init(params)))
+    chex.assert_trees_all_equal((new, state), (params, init(config, params)))
     assert finite == np.isfinite(bad)  # a loss was not, where `sound` says so
 
 
@@ -75,14 +86,14 @@ def test_new_parameters_that_are_not_finite_are_not_taken():
     new, state, norm, finite = step(config, params, gradients)
     assert np.isfinite(norm)
     assert not finite
-    chex.assert_trees_all_equal((new, state), (params, make_optimizer(config).init(params)))
+    chex.assert_trees_all_equal((new, state), (params, init(config, params)))
 
 
 @pytest.mark.parametrize(("epsilon", "least"), [(1e-8, 4.0), (1e-30, 1e9)])
 def test_no_step_is_longer_than_what_is_reckoned_with(epsilon, least):
     """Gradients that grow so that each adds equally to both of Adam's means give the longest steps."""
     config, weight = OptimizerConfig(1.0, epsilon, 1e30), jnp.zeros(())
-    state = make_optimizer(config).init(weight)
+    state = init(config, weight)
 
     def one(state, exponent):
         gradient = (0.999 / 0.9) ** exponent
@@ -91,3 +102,15 @@ def test_no_step_is_longer_than_what_is_reckoned_with(epsilon, least):
 
     _, steps = jax.lax.scan(one, state, jnp.arange(-400.0, 390.0))
     assert least < steps.max() < largest_step(config)
+
+
+@pytest.mark.parametrize("start", [0.0, 1.0, 1e6])
+def test_no_parameter_is_ever_beyond_its_bound(start):
+    """Not either where the bound is so large that a step is lost in its rounding."""
+    config, params = OptimizerConfig(1e-3, 1e-8, 1e30), jax.tree.map(lambda x: x + start, tree(6))
+    state, ones = init(config, params), jax.tree.map(jnp.ones_like, params)
+    for _ in range(20):
+        before = state.bound
+        params, state, *_ = apply_gradients(config, ones, params, state, jnp.asarray(True))
+        assert np.abs(numbers(params)).max() <= state.bound
+        assert state.bound > before

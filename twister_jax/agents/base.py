@@ -16,8 +16,8 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from twister_jax.config import OptimizerConfig
+from twister_jax.nn import optimizer
 from twister_jax.nn.networks import Params
-from twister_jax.nn.optimizer import apply_gradients, make_optimizer
 from twister_jax.replay.store import Transition
 
 State = Any
@@ -61,7 +61,7 @@ class Trained:
     @classmethod
     def begin(cls, params: dict[str, Params], optimizers: Mapping[str, OptimizerConfig]) -> "Trained":
         """Fresh optimisers for the networks that have one."""
-        states = {name: make_optimizer(config).init(params[name]) for name, config in optimizers.items()}
+        states = {name: optimizer.init(config, params[name]) for name, config in optimizers.items()}
         return cls(params, states)
 
     def step(
@@ -75,11 +75,11 @@ class Trained:
         """
         finite = {term: jnp.isfinite(loss) for term, loss in losses.items()}
         sound = jnp.all(jnp.stack(list(finite.values())))
-        params, optimizer, norm, stepped_finite = apply_gradients(
+        params, state, norm, stepped_finite = optimizer.apply_gradients(
             config, gradients, self.params[name], self.optimizers[name], sound
         )
         finite[f"{name}_gradient"] = stepped_finite
-        stepped = Trained(self.params | {name: params}, self.optimizers | {name: optimizer})
+        stepped = Trained(self.params | {name: params}, self.optimizers | {name: state})
         return stepped, norm, finite
 
 

@@ -1,17 +1,29 @@
 """One optimiser step: clip by the global norm, Adam, and no change at all where a number is not finite."""
 
+import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from twister_jax.config import OptimizerConfig
 from twister_jax.nn.networks import Params
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+@struct.dataclass
+class OptimizerState:
+    """What an optimiser remembers of the steps before."""
+
+    adam: optax.OptState
+    """Adam's two moments, of the arrays of `_few_arrays`."""
+    bound: Float[Array, ""]
+    """No parameter has a larger magnitude."""
+
+
+def adam(config: OptimizerConfig) -> optax.GradientTransformation:
     """Adam (Kingma and Ba 2015, arXiv:1412.6980) for gradients that are already clipped.
 
     The weight decay is an L2 term added to the gradient, as PyTorch's Adam has it.
@@ -23,17 +35,40 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     )
 
 
+def init(config: OptimizerConfig, params: Params) -> OptimizerState:
+    """The state before the first step, for these parameters."""
+    arrays = _few_arrays(params)
+    bound = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in arrays]))
+    return OptimizerState(adam(config).init(arrays), bound)
+
+
 def _few_arrays(tree: Params) -> list[Array]:
-    """All numbers of a tree, with vectors, which are many and short, in one array: one reduction for them."""
+    """All numbers of a tree, with vectors, which are many and short, in one array: one operation for them."""
     leaves = jax.tree.leaves(tree)
     vectors = [leaf for leaf in leaves if leaf.ndim <= 1]  # scalars too
     joined = [jnp.concatenate([vector.reshape(-1) for vector in vectors])] if vectors else []
     return [*joined, *(leaf for leaf in leaves if leaf.ndim > 1)]
 
 
+def _as_tree(arrays: list[Array], like: Params) -> Params:
+    """The tree of `_few_arrays(like)`, from new arrays."""
+    leaves = jax.tree.leaves(like)
+    ends = list(itertools.accumulate(leaf.size for leaf in leaves if leaf.ndim <= 1))
+    parts = iter(jnp.split(arrays[0], ends[:-1]) if ends else ())
+    matrices = iter(arrays[1:] if ends else arrays)
+    ordered = [next(parts).reshape(leaf.shape) if leaf.ndim <= 1 else next(matrices) for leaf in leaves]
+    return jax.tree.unflatten(jax.tree.structure(like), ordered)
+
+
+def _norm(arrays: list[Array]) -> Float[Array, ""]:
+    """Of all numbers. First the rows are summed, so that a GPU needs one kernel for an array and not two."""
+    rows = [jnp.sum(x * x, axis=-1).reshape(-1) for x in arrays]
+    return jnp.sqrt(jnp.sum(jax.lax.optimization_barrier(jnp.concatenate(rows))))
+
+
 def global_norm(gradients: Params) -> Float[Array, ""]:
     """What `optax.tree.norm` computes."""
-    return jnp.sqrt(sum(jnp.sum(x * x) for x in _few_arrays(gradients)))
+    return _norm(_few_arrays(gradients))
 
 
 def largest_step(config: OptimizerConfig) -> float:
@@ -45,11 +80,6 @@ def largest_step(config: OptimizerConfig) -> float:
     return config.learning_rate * max(10.0, 1e-16 / config.epsilon)
 
 
-def largest(params: Params) -> Float[Array, ""]:
-    """The largest magnitude in a tree; nan where there is one."""
-    return jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in _few_arrays(params)]))
-
-
 def where_finite(sound: Bool[Array, ""], new: Any, old: Any) -> Any:
     """The tree `new` if everything behind it was finite (`sound`), else `old`."""
     return jax.tree.map(lambda n, o: jnp.where(sound, n, o), new, old)
@@ -59,30 +89,31 @@ def apply_gradients(
     config: OptimizerConfig,
     gradients: Params,
     params: Params,
-    optimizer_state: optax.OptState,
+    state: OptimizerState,
     sound: Bool[Array, ""],
-) -> tuple[Params, optax.OptState, Float[Array, ""], Bool[Array, ""]]:
+) -> tuple[Params, OptimizerState, Float[Array, ""], Bool[Array, ""]]:
     """New parameters and optimiser state; the old where a loss, the gradient or the new are not finite.
 
-    Whether the step leads beyond the largest number is asked before it is taken: then each array is read and
-    written once, and what is not taken is not stored first.
+    Whether the step could lead beyond the largest number is known before it is taken, from how far the
+    parameters can have come: each array is read and written once.
 
     Args:
       config: of the optimiser.
       gradients: of the parameters, not yet clipped.
       params: parameters.
-      optimizer_state: from `make_optimizer(config).init`.
+      state: from `init` or the step before.
       sound: whether all losses are finite.
 
     Returns:
       parameters, optimiser state, the gradient's global norm before clipping, and whether that and the new
       parameters were finite.
     """
-    norm = global_norm(gradients)
+    arrays, slopes = _few_arrays(params), _few_arrays(gradients)
+    norm = _norm(slopes)
+    bound = jnp.nextafter(state.bound + largest_step(config), jnp.inf)
+    finite = jnp.isfinite(norm) & jnp.isfinite(bound)
     clip_factor = jnp.minimum(1.0, config.clip_norm / norm)
-    finite = jnp.isfinite(norm) & jnp.isfinite(largest(params) + largest_step(config))
-    gradients = jax.tree.map(lambda gradient: clip_factor * gradient, gradients)
-    updates, new_state = make_optimizer(config).update(gradients, optimizer_state, params)
-    stepped = optax.apply_updates(params, updates)
-    kept = where_finite(sound & finite, (stepped, new_state), (params, optimizer_state))
-    return (*kept, norm, finite)
+    updates, moments = adam(config).update([clip_factor * x for x in slopes], state.adam, arrays)
+    new = optax.apply_updates(arrays, updates), OptimizerState(moments, bound)
+    stepped, state = where_finite(sound & finite, new, (arrays, state))
+    return _as_tree(stepped, params), state, norm, finite

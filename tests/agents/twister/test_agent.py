@@ -53,7 +53,7 @@ def test_an_update_is_a_function_of_its_arguments(small, replay):
     assert leaves_equal(metrics, again)
     other, _, _ = small.update(small.state, replay, jax.random.key(2))
     assert not leaves_equal(one.trained.params["world_model"], other.trained.params["world_model"])
-    assert int(one.trained.optimizers["world_model"][1].count) == 1
+    assert int(one.trained.optimizers["world_model"].adam[1].count) == 1
     assert all(np.isfinite(value) for value in metrics.values())
 
 
