@@ -118,6 +118,8 @@ class _Reader:
 
     def __init__(self, program: Text, tile: int):
         self.program, self.tile = program, tile
+        self.channels: dict[str, str] = {}
+        """The first instruction that each channel of a collective was met in."""
 
     def kernel(self, each: Instruction, inside: Computation, times: int, loop: str, source: str) -> Kernel:
         hidden = each.operation in ("copy-start", "slice-start")
@@ -238,19 +240,31 @@ class _Reader:
 
     # ----------------------------------------------------------------------------------------- collectives
 
-    def collective(self, each: Instruction, inside: Computation) -> tuple[str, float]:
-        """Its kind, and the bytes that each device gives."""
+    def collective(self, each: Instruction, inside: Computation, whole: str = "") -> tuple[str, float]:
+        """Its kind, and the bytes that each device gives.
+
+        On a TPU one collective may go on beside several fusions, each of which has it among its instructions:
+        the first of its channel counts.
+        """
+        whole = whole or each.name
         kind = each.operation.removesuffix("-start")
         if kind in COLLECTIVES:
+            channel = re.search(r"channel_id=(\d+)", each.line)
+            if channel and self.channels.setdefault(channel[1], whole) != whole:
+                return "", 0.0
             operands = [inside[name] for name in each.operands if name in inside]
             shapes = [shape for operand in operands for shape in operand.results]
             return kind, sum(shape.elements * shape.itemsize for shape in shapes)
         for name in each.called("calls") if each.operation in _FUSIONS else ():
             fused = self.program[name]
             for inner in fused.values():
-                found, sent = self.collective(inner, fused)
+                found, sent = self.collective(inner, fused, whole)
                 if found:
-                    return found, sent
+                    # A sum of which each device takes its part, as TPUs are given it.
+                    scatters = found == "all-reduce" and all(
+                        r.operation == "dynamic-slice" for r in roots(fused)
+                    )
+                    return ("reduce-scatter" if scatters else found), sent
         return "", 0.0
 
 

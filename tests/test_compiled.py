@@ -174,6 +174,49 @@ def test_a_collective_has_its_kind_and_its_bytes():
     assert predict.ring("all-gather", 1e9, 200e9, 4) == pytest.approx(3 * 1e9 / 100e9)
 
 
+# As a TPU is given them: a gathering that goes on beside a product, and a sum that is scattered.
+ASYNCHRONOUS_PROGRAM = """HloModule jit_update
+
+%begin (a: f32[4,8]) -> (f32[4,8], f32[32,8]) {
+  %a = f32[4,8]{1,0} parameter(0)
+  %all-gather.1 = f32[32,8]{1,0} all-gather(%a), channel_id=5, dimensions={0}
+  ROOT %started = (f32[4,8]{1,0}, f32[32,8]{1,0}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (a: f32[4,8], b: f32[8,8]) -> (f32[8,8], f32[32,8]) {
+  %a = f32[4,8]{1,0} parameter(0)
+  %b = f32[8,8]{1,0} parameter(1)
+  %all-gather.2 = f32[32,8]{1,0} all-gather(%a), channel_id=5, dimensions={0}
+  %product = f32[8,8]{1,0} dot(%b, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %both = (f32[8,8]{1,0}, f32[32,8]{1,0}) tuple(%product, %all-gather.2)
+}
+
+%all-reduce-scatter (whole: f32[32,8]) -> f32[4,8] {
+  %whole = f32[32,8]{1,0} parameter(0)
+  %all-reduce.1 = f32[32,8]{1,0} all-reduce(%whole), channel_id=6, to_apply=%add
+  %here = u32[] partition-id()
+  %zero = u32[] constant(0)
+  ROOT %share = f32[4,8]{1,0} dynamic-slice(%all-reduce.1, %here, %zero), dynamic_slice_sizes={4,8}
+}
+
+ENTRY %main (a: f32[4,8], b: f32[8,8]) -> f32[4,8] {
+  %a = f32[4,8]{1,0} parameter(0)
+  %b = f32[8,8]{1,0} parameter(1)
+  %start = (f32[4,8]{1,0}, f32[32,8]{1,0}) fusion(%a), kind=kCustom, calls=%begin
+  %on = (f32[8,8]{1,0}, f32[32,8]{1,0}) fusion(%a, %b), kind=kOutput, calls=%beside
+  %gathered = f32[32,8]{1,0} get-tuple-element(%on), index=1
+  ROOT %mine = f32[4,8]{1,0} fusion(%gathered), kind=kCustom, calls=%all-reduce-scatter
+}
+"""  # noqa: E501
+
+
+def test_a_collective_beside_other_work_counts_once_and_a_scattered_sum_as_such():
+    found = {each.name: each for each in kernels.read(ASYNCHRONOUS_PROGRAM)}
+    collectives = {name: (each.collective, each.sent) for name, each in found.items() if each.collective}
+    assert collectives == {"start": ("all-gather", 4 * 8 * 4), "mine": ("reduce-scatter", 32 * 8 * 4)}
+    assert found["on"].work.products == 2 * 8**3
+
+
 def test_a_kernel_takes_the_largest_of_its_times_and_a_launch():
     chip = targets.CHIPS["v5e"]
     work = Work(products=1e9, padded=197e9, vector=chip.vector * 1e-4, precision="bfloat16")
