@@ -232,9 +232,12 @@ class _Reader:
                 image.dims[labels[1].index(letter)], output.dims[of_output.index(letter)], window(number)
             )
         batch = output.dims[of_output.index("b")]
-        return 2.0 * batch * features * depth * pairs, self.lost(depth) * self.lost(features)
+        pixels = math.prod(output.dims[of_output.index(c)] for c in of_output if c.isdigit())
+        # All that is summed for one number fills the matrix unit, whatever the channels.
+        lost = self.lost(depth * pairs / max(1, pixels)) * self.lost(features)
+        return 2.0 * batch * features * depth * pairs, lost
 
-    def lost(self, size: int) -> float:
+    def lost(self, size: float) -> float:
         """How many times more a padded axis is."""
         return -(-size // self.tile) * self.tile / max(1, size)
 

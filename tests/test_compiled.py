@@ -300,6 +300,19 @@ def test_products_of_convolutions_and_library_calls(line, shapes, expected):
     assert [each.work.products for each in found] == [expected]
 
 
+def test_what_is_summed_for_a_pixel_fills_the_matrix_unit_and_not_its_channels_alone():
+    """48 numbers of a window of 4 × 4 pixels with 3 channels, to 128; and 32 results to 128."""
+    shapes = "bf16[8,64,64,3]", "bf16[4,4,3,32]", "bf16[8,31,31,32]"
+    (found,) = kernels.read(
+        f"HloModule m\n\nENTRY %main (a: {shapes[0]}, b: {shapes[1]}) -> {shapes[2]} {{\n"
+        f"  %a = {shapes[0]} parameter(0)\n  %b = {shapes[1]} parameter(1)\n  ROOT %it = {shapes[2]} "
+        "convolution(%a, %b), window={size=4x4 stride=2x2}, dim_labels=b01f_01io->b01f\n}\n",
+        tile=128,
+    )
+    assert found.work.products == 2 * 8 * 31**2 * 48 * 32
+    assert found.work.padded == pytest.approx(2 * 8 * 31**2 * 128 * 128)
+
+
 def test_shapes_are_read_with_their_layout():
     (shape,) = instructions.shapes("bf16[4,64,12]{1,2,0:T(8,128)(2,1)S(1)}")
     assert (shape.dims, shape.minor_to_major, shape.tile, shape.space) == (

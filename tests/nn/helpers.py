@@ -7,7 +7,7 @@ from flax import nnx
 
 from twister_jax.nn.layers import layer_norm
 
-DEVICES = ["cpu", "gpu"]
+DEVICES = ("cpu", "gpu", "tpu")
 """Kinds of device to trace for: the CPU's formulations, and the plain ones."""
 
 

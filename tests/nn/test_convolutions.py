@@ -64,7 +64,7 @@ def run(function, x, kernel, dy, stride, padding, device):
 def compare(function, x_shape, kernel_shape, stride, padding):
     """Values and both gradients of the CPU's form against the plain one."""
     arrays = draw(function, x_shape, kernel_shape, stride, padding)
-    forms = (run(function, *arrays, stride, padding, device) for device in DEVICES)
+    forms = (run(function, *arrays, stride, padding, device) for device in ("cpu", "gpu"))
     for ours, plain in zip(*forms, strict=True):
         close(ours, plain)
 

@@ -97,6 +97,17 @@ def test_without_a_gradient_the_variance_survives_a_large_mean(device):
     np.testing.assert_allclose(on(device)(norm, jnp.asarray(x)), exact, atol=0.01)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_in_bfloat16_the_variance_survives_what_rounding_leaves_of_it(device):
+    """A mean of 100 deviations; numbers around it are then half a deviation apart."""
+    norm, rng = random_norm(64, dtype=jnp.bfloat16), np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(100.0, 1.0, (4, 64)), jnp.bfloat16)
+    wide = np.asarray(x, np.float64)
+    unit = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + norm.epsilon)
+    exact = jax.nn.silu(jnp.asarray(unit * norm.scale[...] + norm.bias[...], jnp.float32))
+    np.testing.assert_allclose(on(device)(norm, x).astype(jnp.float32), exact, rtol=1e-2, atol=5e-3)
+
+
 @pytest.mark.parametrize("function", [*map(on, DEVICES), composed], ids=[*DEVICES, "composed"])
 def test_bfloat16_is_computed_in_float32_inside(function):
     rng = np.random.default_rng(0)

@@ -9,6 +9,7 @@ from flax import nnx
 
 from tests.nn.helpers import value_and_gradients
 from twister_jax.nn.layers import Head, Linear, cast_kernels, layer_norm, logits_init
+from twister_jax.runtime import tracing_for
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3), (2, 1, 3)])
@@ -69,3 +70,13 @@ def test_the_variance_survives_a_large_mean():
     x = np.random.default_rng(0).normal(3_000.0, 0.1, (4, 64)).astype(np.float32)
     exact = (x - x.astype(np.float64).mean(-1, keepdims=True)) / x.astype(np.float64).std(-1, keepdims=True)
     np.testing.assert_allclose(norm(jnp.asarray(x)), exact, atol=0.01)
+
+
+def test_on_a_tpu_the_norm_of_bfloat16_is_that_of_other_devices():
+    x = jnp.asarray(np.random.default_rng(0).normal(30.0, 1.0, (4, 64)), jnp.bfloat16)
+
+    def normed(device):
+        with tracing_for(device):
+            return layer_norm(64, 1e-6, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))(x).astype(jnp.float32)
+
+    np.testing.assert_allclose(normed("tpu"), normed("gpu"), rtol=1e-2, atol=5e-3)

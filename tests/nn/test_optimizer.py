@@ -9,6 +9,7 @@ import pytest
 
 from twister_jax.config import OptimizerConfig
 from twister_jax.nn.optimizer import apply_gradients, global_norm, init, largest_step
+from twister_jax.runtime import tracing_for
 
 
 def step(config, params, gradients, sound=True):
@@ -51,6 +52,18 @@ def test_clips_and_steps_as_optax_does(scale):
         got, wanted = (numbers(getattr(find(of), moment)) for of in (state.adam, expected))
         np.testing.assert_allclose(got, wanted, rtol=1e-5)
     np.testing.assert_allclose(norm, optax.tree.norm(gradients), rtol=1e-6)  # before clipping
+
+
+def test_on_a_tpu_a_step_is_the_same():
+    """There the layout of gradients is said, in which they fill tiles."""
+    rng = np.random.default_rng(0)
+    params, gradients = ({"k": jnp.asarray(rng.normal(size=(3, 16, 128)), jnp.float32)} for _ in range(2))
+    config = OptimizerConfig(0.1, 0.1, 2.0)
+    expected = step(config, params, gradients)
+    with tracing_for("tpu"):
+        program = jax.jit(lambda p, g: step(config, p, g)).lower(params, gradients)
+    assert "LayoutConstraint" in program.as_text()
+    chex.assert_trees_all_close(program.compile()(params, gradients), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_weight_decay_is_added_to_the_clipped_gradient():

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from twister_jax.nn.kernels import norm_silu, product
+from twister_jax.nn.kernels import norm_silu, product, variance_of_squares
 from twister_jax.randomness import truncated_normal, uniform
 
 Initializer = Callable[..., Array]
@@ -89,12 +89,9 @@ def pytorch_linear(features_in: int, features_out: int, *, dtype: DTypeLike, rng
 
 
 def layer_norm(features: int, epsilon: float, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """Layer normalisation; statistics are always float32, the result has `dtype`.
-
-    The variance is the mean of squared distances from the mean. That is more exact than a difference of two
-    means, and XLA turns it into one kernel on a GPU.
-    """
-    return nnx.LayerNorm(features, epsilon=epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs)
+    """Layer normalisation; statistics are always float32, the result has `dtype`."""
+    fast = variance_of_squares(dtype)
+    return nnx.LayerNorm(features, epsilon=epsilon, use_fast_variance=fast, dtype=dtype, rngs=rngs)
 
 
 class NormedLinear(nnx.Module):

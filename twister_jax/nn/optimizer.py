@@ -10,6 +10,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from twister_jax.config import OptimizerConfig
+from twister_jax.nn.kernels import as_stored
 from twister_jax.nn.networks import Params
 
 
@@ -108,7 +109,7 @@ def apply_gradients(
       parameters, optimiser state, the gradient's global norm before clipping, and whether that and the new
       parameters were finite.
     """
-    arrays, slopes = _few_arrays(params), _few_arrays(gradients)
+    arrays, slopes = _few_arrays(params), [as_stored(x) for x in _few_arrays(gradients)]
     norm = _norm(slopes)
     bound = jnp.nextafter(state.bound + largest_step(config), jnp.inf)
     finite = jnp.isfinite(norm) & jnp.isfinite(bound)

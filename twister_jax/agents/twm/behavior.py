@@ -218,7 +218,9 @@ def imagine(
             restarted=carry.restarted + jnp.sum(done),
             hidden=without_ended(hidden, done) if reads_state else None,
         )
-        return carry, (latent, hidden, action, predictions.reward, discount, done, weight)
+        # In one array: each that a loop collects is a kernel of its own in every round.
+        numbers = jnp.stack([predictions.reward, discount, done.astype(weight.dtype), weight], axis=-1)
+        return carry, (latent, hidden, action, numbers)
 
     initial = _Carry(
         memory=memory,
@@ -231,10 +233,11 @@ def imagine(
         hidden=without_ended(hidden_0, start.last) if reads_state else None,
     )
     _, outputs = jax.lax.scan(body, initial, (jnp.arange(1, horizon + 1), noise, restarts))
-    latent, hidden, *rest = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), outputs)
+    latent, hidden, action, numbers = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), outputs)
     latent = jnp.concatenate([start.latents[:, 1:], latent], axis=1)
     hidden = jnp.concatenate([hidden_0[:, None], hidden], axis=1)
-    trajectory = Trajectory(latent, *rest)
+    reward, discount, done, weight = jnp.moveaxis(numbers, -1, 0)
+    trajectory = Trajectory(latent, action, reward, discount, done > 0, weight)
     if config.model.policy_reads != "latent":
         ended = jnp.concatenate([start.last[:, None], trajectory.done], axis=1)
         trajectory = trajectory._replace(view=view(latent, without_ended(hidden, ended)))

@@ -227,7 +227,9 @@ class Dynamics(nnx.Module):
 
     def _embed(self, latent, action):
         embedding = self.embed_action[...].astype(self.dtype)
-        return self.embed_latent(latent), jnp.matmul(action.astype(self.dtype), embedding)
+        batch = "nt"[: action.ndim - 1]
+        embedded = few_products(f"{batch}a,ah->{batch}h", action.astype(self.dtype), embedding)
+        return self.embed_latent(latent), embedded.astype(self.dtype)
 
     def _embed_reward(self, reward):
         return self.embed_reward(reward[..., None])
