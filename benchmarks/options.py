@@ -171,6 +171,7 @@ def make_config(options: Options) -> Config:
         preset = "paper" if options.targets else cli.automatic_preset()
         if preset == "cpu" and options.sections == ("scaling",):
             preset = "debug"  # on virtual devices times mean little, and many programs are compiled
+    envs.admit(options.game)
     config = presets.make_config(options.agent, preset, options.game, precision=options.precision)
     if options.envs is not None:
         config = replace(config, {"env.num_envs": options.envs})

@@ -163,10 +163,17 @@ def test_bad_flags_are_refused_in_one_line(arguments, message, capsys):
     assert said.count("\n") == 1
 
 
-def test_the_file_does_not_take_the_place_of_a_link(tmp_path, capsys):
-    (tmp_path / "link.json").symlink_to(tmp_path / "other.json")
-    assert main(["--json", str(tmp_path / "link.json")]) == 2
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder", "device"])
+def test_the_file_takes_the_place_of_a_file_alone(tmp_path, capsys, kind):
+    path = tmp_path / "out.json"
+    make = {"link": lambda: path.symlink_to(tmp_path / "other.json"), "pipe": lambda: os.mkfifo(path)}
+    make |= {"folder": path.mkdir, "device": lambda: None}
+    make[kind]()
+    before = os.lstat(path) if kind != "device" else None
+    assert main(["--json", "/dev/null" if kind == "device" else str(path)]) == 2
     assert "not a regular file" in capsys.readouterr().err
+    assert before is None or os.lstat(path) == before
+    assert not os.path.isfile("/dev/null")
 
 
 def test_a_file_that_cannot_be_written_is_a_failure_and_no_traceback(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """How the house is kept: names stay in their rooms, files stay small, a third agent is one package."""
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -67,3 +68,28 @@ def test_the_cuda_build_follows_the_driver(tmp_path, version, extra):
     (tmp_path / "Makefile").write_text(makefile + "\nshow:\n\t@echo $(EXTRAS)\n")
     said = subprocess.run(["make", "-s", "show"], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert said.stdout.strip() == extra
+
+
+TYPED = ["two words", "O'Brien", 'a "b" c', "$(touch evil)", "`touch evil`", "; touch evil", "$HOME", "a\\b"]
+
+
+@pytest.mark.parametrize("typed", TYPED)
+def test_what_is_typed_behind_make_is_only_text(tmp_path, typed):
+    """Variables reach the program as they are: nothing of them is run, or split at blanks."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    binaries = tmp_path / ".venv" / "bin"
+    binaries.mkdir(parents=True)
+    (binaries / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (binaries / "python").chmod(0o755)
+    for name in ("pyproject.toml", "constraints.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / ".venv" / ".installed").touch()
+    escaped = typed.replace("$", "$$")  # make's own way to write it
+    for target, name in [("train", "GAME"), ("train", "LOGDIR"), ("train", "SEEDS"), ("evaluate", "LOGDIR"),
+                         ("parity", "FILE"), ("suite", "SUITE")]:  # fmt: skip
+        done = subprocess.run(
+            ["make", "-s", target, f"{name}={escaped}"], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert typed in done.stdout.splitlines(), (target, done.stdout)
+        assert not (tmp_path / "evil").exists()

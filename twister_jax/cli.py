@@ -11,12 +11,23 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from twister_jax import agents, envs, fields, files, presets, processes
 from twister_jax.config import Config
 from twister_jax.errors import UserError
-from twister_jax.fields import NonNegativeInt, PositiveInt, Range, did_you_mean
+from twister_jax.fields import did_you_mean, show
+from twister_jax.options import (
+    DoctorOptions,
+    DreamOptions,
+    EvaluateOptions,
+    ExportOptions,
+    ParityOptions,
+    PlayOptions,
+    ReportOptions,
+    RunOptions,
+    WatchOptions,
+)
 from twister_jax.runtime import start_jax
 from twister_jax.training.progress import print_anywhere, say
 
@@ -34,81 +45,6 @@ HELP = f"""usage: {PROGRAM} COMMAND [OPTIONS]
 
 `{PROGRAM} COMMAND --help` lists every option with its default and meaning.
 """
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluateOptions:
-    """Plays full games with a checkpoint of a run, under the settings it was trained with."""
-
-    logdir: str = ""
-    """Run directory (required)."""
-    episodes: NonNegativeInt = 0
-    """Full games played; 0 means as many as the run's configuration says."""
-    step: NonNegativeInt = 0
-    """Environment steps behind the checkpoint; 0 means the newest."""
-
-
-@dataclasses.dataclass(frozen=True)
-class WatchOptions:
-    """Plays full games by the evaluation's protocol; writes MP4s and a contact sheet into LOGDIR/videos."""
-
-    logdir: str = ""
-    """Run directory (required)."""
-    episodes: PositiveInt = 10
-    """Full games played, of which the best, the median and the worst are shown."""
-    step: NonNegativeInt = 0
-    """Environment steps behind the checkpoint; 0 means the newest."""
-
-
-@dataclasses.dataclass(frozen=True)
-class DreamOptions:
-    """Shows what the world model foresees, and how far it can be trusted; writes into LOGDIR/dreams."""
-
-    logdir: str = ""
-    """Run directory (required)."""
-    starts: Annotated[int, Range(4, 10_000)] = 64
-    """Windows of real play that errors are averaged over."""
-    horizon: Annotated[int, Range(1, 1_000)] = 32
-    """Steps foreseen."""
-    step: NonNegativeInt = 0
-    """Environment steps behind the checkpoint; 0 means the newest."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ReportOptions:
-    """Writes one HTML file about a run, finished or not; about several, a comparison."""
-
-    logdir: tuple[str, ...] = ()
-    """Run directories (required; `report RUN RUN` does too)."""
-    out: str = ""
-    """The file to write; empty means report.html in the (first) run directory."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ExportOptions:
-    """Writes the policy, with its settings, scores and provenance, as one file that holds no code."""
-
-    logdir: str = ""
-    """Run directory (required)."""
-    out: str = ""
-    """The file to write, .safetensors or .onnx; empty means policy.safetensors in the run directory."""
-    license: str = "Apache-2.0"
-    """Of the weights, as the file will say."""
-    step: NonNegativeInt = 0
-    """Environment steps behind the checkpoint; 0 means the newest."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ParityOptions:
-    """Recomputes a fixture's quantities and prints a line for each; exit code 1 if any is off."""
-
-    file: str = ""
-    """The fixture, an .npz file (required; `parity FILE.npz` does too)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class DoctorOptions:
-    """Checks versions, the device, one emulator step, one compiled call, and that files can be written."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -132,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return COMMANDS[name](rest)
     except UserError as error:
         with contextlib.suppress(OSError, ValueError):
-            print(f"twister_jax: {' '.join(str(error).split())}", file=sys.stderr)
+            line = " ".join(str(error).split())  # it may quote what somebody typed, or what is in a file
+            print(f"twister_jax: {files.printable(line, len(line))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -149,6 +86,7 @@ def train(arguments: list[str]) -> int:
     others = processes.connect(parallel)
     config = read_flags(arguments)
     start_jax()
+    envs.admit(config.game)
     import jax
 
     from twister_jax.training.progress import outlook
@@ -239,7 +177,7 @@ def of_seeds(config: Config, seeds: Sequence[int] | None) -> list[Config]:
 def evaluate(arguments: list[str]) -> int:
     """`evaluate`: a stored run's newest checkpoint."""
     options = _parse(EvaluateOptions(), arguments, "evaluate", required="logdir")
-    presets.read_config(Path(options.logdir))  # refuses before JAX is imported
+    _check_run(options)
     start_jax()
     from twister_jax.training.evaluation import evaluate_directory
 
@@ -250,7 +188,7 @@ def evaluate(arguments: list[str]) -> int:
 def watch(arguments: list[str]) -> int:
     """`watch`: full games as videos."""
     options = _parse(WatchOptions(), arguments, "watch", required="logdir")
-    policy = _load(options.logdir, options.step)
+    policy = _load(options)
     from twister_jax.view.watch import watch as run
 
     files.check_no_link(folder := Path(options.logdir) / "videos")  # the directory may come from a stranger
@@ -261,7 +199,7 @@ def watch(arguments: list[str]) -> int:
 def dream(arguments: list[str]) -> int:
     """`dream`: what the world model foresees."""
     options = _parse(DreamOptions(), arguments, "dream", required="logdir")
-    policy = _load(options.logdir, options.step)
+    policy = _load(options)
     from twister_jax.view.dream import dream as run
 
     files.check_no_link(folder := Path(options.logdir) / "dreams")
@@ -286,7 +224,7 @@ def report(arguments: list[str]) -> int:
 def export(arguments: list[str]) -> int:
     """`export`: the policy as one file."""
     options = _parse(ExportOptions(), arguments, "export", required="logdir")
-    policy = _load(options.logdir, options.step)
+    policy = _load(options)
     from twister_jax.view.export import export as run
 
     out = Path(options.out) if options.out else Path(options.logdir) / "policy.safetensors"
@@ -294,13 +232,25 @@ def export(arguments: list[str]) -> int:
     return 0
 
 
-def _load(logdir: str, step: int) -> Any:
+def _load(options: RunOptions) -> Any:
     """The policy of a run directory."""
-    presets.read_config(Path(logdir))  # refuses before JAX is imported
+    _check_run(options)
     start_jax()
     from twister_jax.view.policy import load
 
-    return load(logdir, step or None)
+    return load(options.logdir, options.step or None)
+
+
+def _check_run(options: RunOptions) -> None:
+    """Refuses before JAX is imported; of what plays, a game whose code was not asked for."""
+    stored = presets.read_config(Path(options.logdir)).game
+    if not isinstance(options, PlayOptions):
+        return
+    if options.game and (named := envs.full_name(options.game)) != stored:
+        raise UserError(f"--game {named}: {options.logdir} is a run of {show(stored)}")
+    if options.game:
+        envs.admit(stored)
+    envs.check_admitted(stored)
 
 
 def parity(arguments: list[str]) -> int:

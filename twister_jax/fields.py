@@ -17,6 +17,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
+from twister_jax import files
 from twister_jax.errors import UserError
 
 Settings = TypeVar("Settings")
@@ -259,7 +260,7 @@ def from_nested(settings: Settings, data: Mapping[str, Any], source: str) -> Set
     given, known = dict(_flatten_nested(data, settings)), describe(settings)
     for name in given:
         if name not in known:
-            raise UserError(f"{source}: unknown field {name}{did_you_mean(name, known)}")
+            raise UserError(f"{source}: unknown field {files.printable(name)}{did_you_mean(name, known)}")
     if missing := [name for name in known if name not in given]:
         raise UserError(f"{source}: field {missing[0]} is missing; it was written by another version")
     try:

@@ -125,6 +125,19 @@ def open_regular(path: Path, mode: str = "rb", flags: int = os.O_RDONLY) -> Any:
         raise
 
 
+def open_named(path: Path) -> Any:
+    """Opens a file that a person named: links are their own choice, but only a regular file is read.
+
+    Raises:
+      UnsafePathError: it is something else.
+      OSError: it cannot be opened.
+    """
+    try:
+        return open_regular(Path(os.path.realpath(path)))
+    except UnsafePathError:
+        raise UnsafePathError(path, "not a regular file") from None
+
+
 def read(path: Path, limit: int) -> bytes:
     """The content of a regular file.
 
@@ -335,11 +348,44 @@ def read_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
             raise UnusableError(f"{path.name} cannot be read: {one_line(error)}") from None
 
 
+def read_archive(path: Path, most: int = 1 << 32) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file that a person named; nothing is unpickled.
+
+    Raises:
+      UnusableError: it is no such file, is damaged, or unpacks to more than `most` bytes.
+      OSError: it cannot be read; `UnsafePathError` where it is no regular file.
+    """
+    with open_named(path) as file:
+        try:
+            if file.read(2) != b"PK":  # or NumPy would read an array of any size
+                raise UnusableError("it is no archive of arrays")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as archive:
+                unpacked = sum(member.file_size for member in archive.zip.infolist())
+                if unpacked > most:
+                    raise UnusableError(f"it unpacks to {unpacked:,} bytes, and {most:,} are the most")
+                arrays = {name: archive[name] for name in archive.files}
+            for name, array in arrays.items():
+                if not isinstance(array, np.ndarray):
+                    raise UnusableError(f"{printable(name)} in it is no array")
+            return arrays
+        except (UnusableError, OSError):
+            raise
+        except Exception as error:  # whatever zipfile and NumPy raise
+            raise UnusableError(one_line(error)) from None
+
+
 def is_number(value: Any, *kinds: type) -> bool:
     """Whether what a file says is an int or float (or of `kinds`) below 10^15, so that nothing overflows."""
     return type(value) in (kinds or (int, float)) and abs(value) < 1e15
 
 
+def printable(text: str, most: int = 200) -> str:
+    """Text from a file, for messages: of bearable length, and escaped where it would move the cursor."""
+    shown = (each if each.isprintable() else each.encode("unicode_escape").decode() for each in text[:most])
+    return "".join(shown)
+
+
 def one_line(message: object) -> str:
     """An exception's message, or any other, on one line of bearable length."""
-    return " ".join(str(message).split())[:300] or type(message).__name__
+    return printable(" ".join(str(message).split()), 300) or type(message).__name__

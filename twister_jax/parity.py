@@ -9,13 +9,10 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from twister_jax import agents, files
-from twister_jax.agents.fixtures import Fixture, Row
+from twister_jax.agents.fixtures import BROKEN, Fixture, Row
 from twister_jax.errors import UserError
-from twister_jax.files import one_line
+from twister_jax.files import UnusableError, one_line
 from twister_jax.training.progress import say
-
-# What numbers and arrays of the wrong kind, shape or size lead to.
-_BROKEN = (TypeError, ValueError, AssertionError, LookupError, AttributeError, ArithmeticError, MemoryError)
 
 
 def load(path: Path) -> tuple[dict[str, Any], Fixture]:
@@ -25,13 +22,11 @@ def load(path: Path) -> tuple[dict[str, Any], Fixture]:
       UserError: the file cannot be read or is no fixture.
     """
     try:
-        # Opened so that a pipe in its place is refused, where NumPy would wait.
-        with files.open_regular(path.resolve()) as file, np.load(file, allow_pickle=False) as archive:
-            fixture = {name: archive[name] for name in archive.files}
+        fixture = files.read_archive(path)
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
-    except Exception as error:
-        raise UserError(f"{path} cannot be read as an .npz fixture ({error})") from None
+    except (UnusableError, OSError) as error:
+        raise UserError(f"{path} cannot be read as an .npz fixture ({one_line(error)})") from None
     if "config_json" not in fixture:
         raise UserError(f"{path} is no parity fixture: it has no 'config_json'")
     try:
@@ -61,7 +56,7 @@ def check(path: Path, dtype: DTypeLike = np.float32) -> list[Row]:
             return package.function("parity", "compare")(sizes, fixture, dtype)
     except KeyError as error:
         raise UserError(f"{path} is an incomplete fixture: it lacks {error}") from None
-    except (UserError, *_BROKEN) as error:
+    except (UserError, *BROKEN) as error:
         raise UserError(f"{path} is a broken fixture: {one_line(error)}") from error
 
 

@@ -1,9 +1,11 @@
 """The protocol, on a scripted emulator where every frame is known, and on the real one."""
 
+import base64
 import hashlib
 import json
 import subprocess
 import sys
+import zlib
 from collections import Counter
 
 import ale_py
@@ -433,6 +435,18 @@ def test_a_long_record_is_dropped_by_switching_the_emulator_off_and_on(monkeypat
     fresh = AtariEnv("Breakout", 0, noop_max=0)
     np.testing.assert_array_equal(step.image, fresh.reset().image)
     assert digest(env, [2, 3] * 4) == digest(fresh, [2, 3] * 4)
+
+
+def test_a_record_is_unpacked_to_a_bound(monkeypatch):
+    """A saved game may come from a stranger: a thousandth of what it unpacks to is on disk."""
+    env = AtariEnv("Breakout", 0, noop_max=0)
+    state = env._emulator.get_state()
+    monkeypatch.setattr("twister_jax.envs.emulator._LONGEST_RECORD", 1_000)
+    for packed in (zlib.compress(bytes(1_001)), zlib.compress(bytes(10**7)), zlib.compress(bytes(10))[:-3]):
+        record = base64.b64encode(packed).decode()
+        with pytest.raises(ValueError, match="damaged or too long"):
+            env._emulator.set_state(state | {"record": record})
+    env._emulator.set_state(state)
 
 
 def test_the_seed_decides_everything():

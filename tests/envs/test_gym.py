@@ -148,7 +148,7 @@ def test_spellings():
         (game("Failing"), {}, "fails when played: KeyError: 'wheel'"),
         (game("Unmade"), {}, "cannot be made: OSError: the track is missing"),
         (game("Plane"), {}, r"\(did you mean Plain-v0.*\): importing tests.third.worlds registers no such"),
-        ("gym:no_such_package:X-v0", {}, "module no_such_package cannot be imported .ModuleNotFound"),
+        ("gym:no_such_package:X-v0", {}, "would run the code of the module no_such_package"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(name, settings, message):
@@ -157,11 +157,18 @@ def test_what_cannot_work_is_refused_in_one_line(name, settings, message):
     assert "\n" not in str(refused.value)
 
 
+def test_a_module_that_cannot_be_imported_is_refused_in_one_line():
+    with pytest.raises(UserError, match="module no_such_package cannot be imported"):
+        envs.admit("gym:no_such_package:X-v0")
+
+
 def test_without_gymnasium_there_is_the_line_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "gymnasium", None)
     assert envs.full_name("gym:CartPole-v1") == "gym:CartPole-v1"
     with pytest.raises(UserError, match=r"pip install 'twister_jax\[gym\]'"):
         GymEnv("CartPole-v1", 0, image_key="", time_limit=9, grayscale=False)
+    with pytest.raises(UserError, match=r"pip install 'twister_jax\[gym\]'"):
+        envs.admit("gym:my_package:Mine-v0")
     assert "pip install 'twister_jax[gym]'" in SUITE.check()
 
 

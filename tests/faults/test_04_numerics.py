@@ -1,13 +1,31 @@
 """4. What decides the numbers is recorded, and a resumption that cannot be exact says so."""
 
+import json
 import os
 
+import jax
+import pytest
+
+from tests.faults.test_01_hostile_directory import forge
 from tests.runs import config_of
+from twister_jax.training import provenance
 from twister_jax.training.load import load_run
 from twister_jax.training.train import train
 
+CORES = len(os.sched_getaffinity(0))
 
-def test_a_resumption_that_cannot_be_exact_says_so(tmp_path, monkeypatch, capsys):
+
+def another(name):
+    """What decides the numbers, with one thing otherwise."""
+    numerics = provenance.numerics
+
+    def changed(precision):
+        return {**numerics(precision), name: "another"}
+
+    return changed
+
+
+def test_another_number_of_cores_is_said(tmp_path, monkeypatch, capsys):
     assert train(config_of(tmp_path, 60)) == 0
     cores = os.sched_getaffinity(0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores | {1000})
@@ -15,4 +33,39 @@ def test_a_resumption_that_cannot_be_exact_says_so(tmp_path, monkeypatch, capsys
     assert train(config_of(tmp_path, 80)) == 0
     (note,) = load_run(tmp_path).counters.notes
     assert note in capsys.readouterr().out
-    assert f"threads {len(cores) + 1} (was {len(cores)}): not bit for bit" in note
+    assert f"threads {CORES + 1} (was {CORES}): not bit for bit" in note
+    assert json.loads((tmp_path / "evaluation.json").read_text())["protocol"]["notes"] == [note]
+
+
+def test_all_that_decides_the_numbers_is_recorded_and_compared(monkeypatch):
+    now = provenance.numerics("float32")
+    assert now["generator"] == "threefry2x32"
+    assert (now["device"], now["devices"], now["threads"]) == (jax.devices()[0].device_kind, 1, CORES)
+    assert (now["precision"], now["jax"]) == ("float32", jax.__version__)
+    for name in now:
+        monkeypatch.setattr(provenance, "numerics", another(name))
+        assert provenance.different_numerics(now, "float32") == f"{name} another (was {str(now[name])[:40]})"
+        monkeypatch.undo()
+    assert not provenance.different_numerics(json.loads(json.dumps(now)), "float32")
+    assert provenance.different_numerics(None, "float32")
+
+
+def test_another_generator_is_another(monkeypatch):
+    """As `JAX_DEFAULT_PRNG_IMPL` sets it."""
+    before = provenance.numerics("float32")
+    jax.config.update("jax_default_prng_impl", "rbg")
+    try:
+        assert provenance.different_numerics(before, "float32") == "generator rbg (was threefry2x32)"
+    finally:
+        jax.config.update("jax_default_prng_impl", "threefry2x32")
+
+
+@pytest.mark.parametrize("was", ["\x1b[2J\n", ["a" * 10_000], 10**400])
+def test_what_a_stranger_says_of_it_moves_no_cursor(tmp_path, was, capsys):
+    assert train(config_of(tmp_path, 60)) == 0
+    forge(lambda content, home: content["host"]["numerics"].update(threads=was))(tmp_path, None)
+    assert train(config_of(tmp_path, 80)) == 0
+    (note,) = load_run(tmp_path).counters.notes
+    assert note.isprintable()
+    assert "not bit for bit" in note
+    assert len(note) < 200

@@ -8,6 +8,7 @@ import pytest
 
 from experiments import __main__ as program
 from tests.experiments.simulated import write_suite
+from tests.faults.test_01_hostile_directory import KINDS as RUNS
 from tests.faults.test_01_hostile_directory import replace, state_of
 from twister_jax.errors import UserError
 from twister_jax.training.train import train_seeds
@@ -131,6 +132,29 @@ def test_no_canary_changes_or_is_packed(kind, tmp_path, root, home, capsys, monk
     for path in (tmp_path / "pack").rglob("*"):
         assert not path.is_symlink()
         assert not path.is_file() or b"canary" not in path.read_bytes()
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_no_canary_changes_or_is_packed_where_a_run_is_hostile(
+    kind, tmp_path, home, undisturbed, capsys, monkeypatch
+):
+    """The directories of `test_01_hostile_directory.py`, in a folder of runs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(program.importlib.import_module("experiments.plots"), "draw", lambda *_: [])
+    run = tmp_path / "suites" / "minimal" / "Catch" / "seed0"
+    shutil.copytree(undisturbed, run)
+    RUNS[kind](run, home)
+    before = state_of(home)
+    for command in (["status"], ["aggregate", "--partial"], ["plot", "--partial"]):
+        answer(capsys, command[0], tmp_path / "suites", *command[1:])
+    answer(capsys, "pack", tmp_path / "suites", "--weights", "--out", tmp_path / "pack")
+    assert state_of(home) == before
+    assert set(os.listdir(tmp_path)) <= {"home", "suites", "pack"}
+    for path in (tmp_path / "pack").rglob("*"):
+        assert not path.is_symlink()
+        # A second name of a file is read: whoever could give it could read the file.
+        known = path.is_file() and kind != "rows are a second name of it"
+        assert not known or b"canary" not in path.read_bytes()
 
 
 def test_every_command_that_reads_results_is_tried():

@@ -1,4 +1,4 @@
-"""Random input of four kinds: command lines, config.json, manifests, fixtures. None ends in a traceback.
+"""Random command lines, config.json, manifests, fixtures and policy files. None ends in a traceback.
 
 Everything runs in this process, and stops where computing would begin. 25 cases of each kind in `make test`,
 500 in `make test-faults`.
@@ -20,6 +20,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests import third
+from tests.faults.test_23_policy_files import KEY, joined, policy_of, split
 from tests.runs import config_of
 from twister_jax import agents, cli, parity
 from twister_jax.agents.twister import parity as twister_parity
@@ -35,6 +37,8 @@ from twister_jax.training import evaluation, loop, manifest, run, train
 from twister_jax.training.load import load_run
 from twister_jax.training.run import Run
 from twister_jax.training.rundir import RunDirectory
+from twister_jax.view.export import export
+from twister_jax.view.policy import load
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -44,7 +48,7 @@ MANY = settings(max_examples=500, deadline=None, suppress_health_check=list(Heal
 numbers = st.one_of(
     st.integers(-3, 70),
     st.sampled_from(
-        [-1, 2**31 - 1, 2**31, 2**63, 10**9, 10**30, 1e-320, 1.7e308, float("inf"), float("nan")]
+        [-1, 2**31 - 1, 2**31, 2**63, 10**9, 10**30, 10**400, 1e-320, 1.7e308, float("inf"), float("nan")]
     ),
     st.floats(allow_nan=True, allow_infinity=True),
 )
@@ -140,7 +144,7 @@ def in_one_line(call):
         call()
     except UserError as error:
         refusal = str(error)
-    assert "\n" not in refusal
+    assert refusal.isprintable(), refusal
 
 
 def answer(arguments, capsys):
@@ -154,6 +158,7 @@ def answer(arguments, capsys):
     lines = [line for line in said.err.splitlines() if line.startswith("twister_jax: ")]
     assert code in (0, 2), (code, said.err)
     assert len(lines) == (code == 2), said.err
+    assert "".join(lines).isprintable(), said.err
     assert "Traceback" not in said.err + said.out
     return code
 
@@ -279,6 +284,31 @@ def fuzz_fixtures(tmp_path, monkeypatch):
     return given(st.sampled_from(["twister", "twm"]), changes, kinds)(check)
 
 
+# -------------------------------------------------------------------------------------- policy files
+
+
+def fuzz_policies(tmp_path, monkeypatch):
+    """The header, what it says of the policy, or the bytes."""
+    path = tmp_path / "policy.safetensors"
+    export(policy_of(third.AGENT), path, "MIT")
+    header, rest = split(path.read_bytes())
+    settings_in_it = json.loads(header["__metadata__"][KEY])
+    monkeypatch.setattr(agents, "make_agent", built)
+
+    def check(changes, kind):
+        found = dict(header)
+        if kind == "settings":
+            text = json.dumps(changed(settings_in_it, changes), default=str)
+            found["__metadata__"] = {KEY: text}
+        elif kind == "header":
+            found = changed(header, changes)
+        data = joined(found, rest)
+        path.write_bytes(damaged(data, *changes[0]) if kind == "bytes" else data)
+        in_one_line(lambda: load(path))
+
+    return given(changes, st.sampled_from(["settings", "settings", "header", "bytes"]))(check)
+
+
 # ------------------------------------------------------------------------------------------- the tests
 
 
@@ -288,10 +318,11 @@ def fuzzers(tmp_path, capsys, monkeypatch):
         "command lines": lambda: fuzz_command_lines(tmp_path, capsys, monkeypatch),
         "config.json": lambda: fuzz_configurations(tmp_path, capsys),
         "fixtures": lambda: fuzz_fixtures(tmp_path, monkeypatch),
+        "policies": lambda: fuzz_policies(tmp_path, monkeypatch),
     }
 
 
-KINDS = ["command lines", "config.json", "fixtures"]
+KINDS = ["command lines", "config.json", "fixtures", "policies"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

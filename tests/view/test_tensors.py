@@ -76,7 +76,7 @@ def change(**entries):
         (change(data_offsets=[0, 8, 32]), "header cannot be read"),
         (change(data_offsets=[0, float("inf")]), "header cannot be read"),
         (change(data_offsets=[8, 40]), "contradicts itself"),
-        (change(data_offsets=[0, 2**70], shape=[2**67]), "ends in the midst of a"),
+        (change(data_offsets=[0, 2**50], shape=[2**47]), "ends in the midst of a"),
         (change()[:-1], "ends in the midst of b"),
         (change() + b"x", "1 bytes follow"),
     ],

@@ -15,6 +15,9 @@ GRADIENT_TOLERANCE = 2e-3
 
 Fixture = dict[str, np.ndarray]
 
+BROKEN = (TypeError, ValueError, AssertionError, LookupError, AttributeError, ArithmeticError, MemoryError)
+"""What numbers and arrays of the wrong kind, shape or size lead to."""
+
 
 class Row(NamedTuple):
     """One compared quantity."""

@@ -1,10 +1,12 @@
 """The registry of environment suites: a line each."""
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from twister_jax.errors import UserError
 from twister_jax.fields import did_you_mean
+from twister_jax.files import one_line
 
 if TYPE_CHECKING:
     from twister_jax.config import EnvConfig
@@ -71,6 +73,39 @@ def full_name(game: str) -> str:
     """
     found, name = resolve(game)
     return f"{found.name}:{name}" if found.prefixed else name
+
+
+def admit(game: str) -> None:
+    """Imports what a game needs of other people's code. Only for names that a person typed: it runs.
+
+    Raises:
+      UserError: it cannot be imported.
+    """
+    found, name = resolve(game)
+    module = found.code(name)
+    try:
+        if module:
+            importlib.import_module(module)
+    except Exception as error:  # whatever the module does
+        raise UserError(
+            f"{game}: module {module} cannot be imported ({type(error).__name__}: {one_line(error)}): "
+            f"install it, or start where Python finds it"
+        ) from error
+
+
+def check_admitted(game: str) -> None:
+    """Raises `UserError` where a game needs a module that nobody imported."""
+    found, name = resolve(game)
+    check_imported(found.code(name), game)
+
+
+def check_imported(module: str, game: str) -> None:
+    """The same of a module by name; what makes an environment asks here, wherever the name came from."""
+    if module and module not in sys.modules:
+        raise UserError(
+            f"{game} would run the code of the module {module}, which only the name in a file asks for: "
+            f"if you trust it, say --game {game}, or in Python import {module} first"
+        )
 
 
 def make_vector_env(

@@ -215,6 +215,16 @@ class Suite(abc.ABC):
     def protocol(self, name: str, settings: Any) -> dict[str, Any]:
         """What a reader of an evaluation's scores would ask about the environment."""
 
+    def code(self, name: str) -> str:
+        """The module of somebody else's that an environment needs; empty where it needs none.
+
+        It is imported where a person named the game, and never because a file does: see `envs.admit`.
+
+        Raises:
+          UserError: something is missing that it will need.
+        """
+        return ""
+
     def identity(self, name: str, settings: Any) -> dict[str, Any]:
         """What must agree between a saved state and the environments that take it up, as JSON keeps it."""
         values = json.loads(json.dumps(dataclasses.asdict(settings)))

@@ -21,6 +21,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from twister_jax.config import EnvConfig
+from twister_jax.envs import check_imported
 from twister_jax.envs.base import IMAGE_SIZE, EnvSpec, Episode, Step, Suite
 from twister_jax.envs.renderer import choose_renderer
 from twister_jax.envs.spaces import find_picture, is_picture_shape, understand_actions
@@ -177,7 +178,7 @@ def make_gymnasium(name: str, **options: Any) -> Any:
     """`gymnasium.make` without the wrappers that would have to be saved too.
 
     Raises:
-      UserError: it is not registered, its module cannot be imported, or its constructor fails.
+      UserError: it is not registered, nobody imported its module, or its constructor fails.
     """
     if importlib.util.find_spec("gymnasium") is None:
         raise MissingExtraError("gym", f"gym:{name}")
@@ -186,18 +187,11 @@ def make_gymnasium(name: str, **options: Any) -> Any:
 
     registered_environments()
     module, colon, identifier = name.rpartition(":")
-    try:
-        if colon:
-            importlib.import_module(module)
-    except Exception as error:
-        raise UserError(
-            f"gym:{name}: module {module} cannot be imported ({type(error).__name__}: {one_line(error)}): "
-            f"install it, or start where Python finds it"
-        ) from error
+    check_imported(module, f"gym:{name}")
     if "mujoco" in str(getattr(gymnasium.registry.get(identifier), "entry_point", "")):
         choose_renderer()
     try:
-        return gymnasium.make(name, disable_env_checker=True, max_episode_steps=-1, **options)
+        return gymnasium.make(identifier, disable_env_checker=True, max_episode_steps=-1, **options)
     except gymnasium.error.UnregisteredEnv as error:
         near = did_you_mean(identifier, registered_environments())
         where = f"importing {module} registers no such environment" if colon else "it is not registered"
@@ -332,6 +326,13 @@ class GymSuite(Suite):
             return name
         spellings = {each.lower().rpartition("-v")[0]: each for each in known}  # the newest comes last
         return (spellings | {each.lower(): each for each in known}).get(name.lower())
+
+    def code(self, name: str) -> str:
+        """See `Suite`."""
+        module = name.rpartition(":")[0]
+        if module and importlib.util.find_spec("gymnasium") is None:
+            raise MissingExtraError("gym", f"gym:{name}")
+        return module
 
     def make(self, name: str, settings: GymConfig, seed: int, *, evaluation: bool = False) -> GymEnv:
         """See `Suite`."""

@@ -17,7 +17,7 @@ from twister_jax.envs.base import EnvStep, Episode, VectorEnv
 from twister_jax.errors import UserError
 from twister_jax.randomness import Purpose, generator_for, key_for
 from twister_jax.training.kept_games import KeptGames, Standing, fingerprint
-from twister_jax.training.load import load_run
+from twister_jax.training.load import checked, load_run
 from twister_jax.training.lock import LostError
 from twister_jax.training.programs import Programs
 from twister_jax.training.progress import Progress
@@ -236,7 +236,7 @@ def evaluate_directory(directory: str, step: int | None, overrides: Mapping[str,
                 loaded.config,
                 loaded.agent,
                 loaded.state,
-                envs.make_vector_env,
+                checked(envs.make_vector_env, loaded.spec),
                 trained,
                 progress,
                 signals,

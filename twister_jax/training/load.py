@@ -1,18 +1,26 @@
 """Loading a run: one function for evaluation, pictures, notebooks and tests."""
 
 import dataclasses
+import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from twister_jax import agents, presets
 from twister_jax.agents.base import Agent, State
 from twister_jax.config import Config
-from twister_jax.envs.base import EnvSpec
+from twister_jax.envs.base import EnvSpec, VectorEnv
 from twister_jax.errors import UserError
-from twister_jax.fields import replace
+from twister_jax.fields import MOST_WIDE, replace, show
+from twister_jax.files import one_line
 from twister_jax.training.checkpoint import Checkpointer
 from twister_jax.training.rundir import check_same_run
 from twister_jax.training.state import Counters, MakeAgent, RunState
+
+AnyEnv = TypeVar("AnyEnv", bound=VectorEnv)
+
+_LARGEST_PICTURE = 1 << 24  # bytes
+_LONGEST_NAME = 200  # characters of an action's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +74,9 @@ def load_run(
     state, host = Checkpointer(checkpoints).load_state(state_like, step)
     try:
         counters = Counters.from_host(host["counters"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{directory} does not say where the run stood ({error}): it is damaged") from None
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        said = one_line(error)
+        raise UserError(f"{directory} does not say where the run stood ({said}): it is damaged") from None
     return LoadedRun(config, found["spec"], found["agent"], state.agent, counters)
 
 
@@ -84,9 +93,32 @@ def spec_of(stored: Any, directory: str | Path) -> EnvSpec:
             discrete=stored["discrete"],
             action_names=tuple(stored["action_names"]),
         )
+        sizes, names = (*spec.image_shape, spec.num_actions), spec.action_names
+        sound = len(spec.image_shape) == 3 and all(type(n) is int and 0 < n <= MOST_WIDE for n in sizes)
+        sound = sound and math.prod(spec.image_shape) <= _LARGEST_PICTURE
+        sound &= type(spec.discrete) is bool and len(names) <= MOST_WIDE
+        sound &= all(isinstance(name, str) and len(name) <= _LONGEST_NAME for name in names)
+        sound &= "".join(names).isprintable()
     except (KeyError, TypeError):
-        raise UserError(f"{directory} does not say what its environments were like: it is damaged") from None
-    sizes = (*spec.image_shape, spec.num_actions)
-    if len(spec.image_shape) != 3 or not all(isinstance(n, int) and 0 < n <= 10**5 for n in sizes):
+        sound = False
+    if not sound:
         raise UserError(f"{directory} does not say what its environments were like: it is damaged")
     return spec
+
+
+def checked(make_env: Callable[..., AnyEnv], spec: EnvSpec) -> Callable[..., AnyEnv]:
+    """`make_env` for what was trained in such environments; raises `UserError` where it makes others."""
+
+    def make(game: str, *args: Any, **options: Any) -> AnyEnv:
+        env = make_env(game, *args, **options)
+        for name in ("image_shape", "num_actions", "discrete"):
+            ours, theirs = getattr(env.spec, name), getattr(spec, name)
+            if ours != theirs:
+                env.close()
+                raise UserError(
+                    f"{game} has {name} = {show(ours)} here, and what plays was trained with {show(theirs)}: "
+                    "it is damaged, or the game is another one by now"
+                )
+        return env
+
+    return make

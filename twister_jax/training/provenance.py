@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from twister_jax.files import printable
 from twister_jax.runtime import processor
 
 PACKAGES = ("twister_jax", "jax", "jaxlib", "flax", "optax", "numpy", "ale-py")
@@ -43,7 +44,8 @@ def different_numerics(before: Any, precision: str) -> str:
     """What of `before`, from `numerics`, is otherwise now; empty where nothing is."""
     now, before = numerics(precision), before if isinstance(before, dict) else {}
     changed = {name: value for name, value in now.items() if value != before.get(name)}
-    return ", ".join(f"{name} {value} (was {str(before.get(name))[:40]})" for name, value in changed.items())
+    was = {name: printable(str(before.get(name)), 40) for name in changed}
+    return ", ".join(f"{name} {value} (was {was[name]})" for name, value in changed.items())
 
 
 def numerics(precision: str) -> dict[str, Any]:

@@ -183,13 +183,13 @@ def _refuse_another(
     decisive = [name for name in ("agent", "game", "preset") if name in differing] or differing
     if here.keys() != there.keys() and decisive is differing and differing:
         raise UserError(
-            f"{path} holds a run of another version of twister_jax ({_printable(differing[0])} is "
+            f"{path} holds a run of another version of twister_jax ({files.printable(differing[0])} is "
             f"{_show(there, differing[0])} there, {_show(here, differing[0])} here)"[:400]
             + ": go on with that version, or name another LOGDIR"
         )
     if differing:
         listed = "; ".join(
-            f"{_printable(name)} is {_show(there, name)} there, {_show(here, name)} here"[:300]
+            f"{files.printable(name)} is {_show(there, name)} there, {_show(here, name)} here"[:300]
             for name in decisive
         )
         raise UserError(f"{path} holds another run: {listed}: use the stored values, or name another LOGDIR")
@@ -215,10 +215,6 @@ def _show(fields: dict[str, Any], name: str) -> str:
     value = fields[name]
     # 1 and 1.0 are the same setting.
     return json.dumps(int(value) if isinstance(value, float) and value.is_integer() else value)
-
-
-def _printable(name: str) -> str:
-    return name if name.isprintable() else json.dumps(name)
 
 
 def _covered(name: str, changeable: Collection[str]) -> bool:

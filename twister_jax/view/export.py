@@ -56,6 +56,8 @@ def describe(policy: Policy, license: str) -> dict[str, Any]:
 
 def _evaluation(policy: Policy) -> dict[str, Any] | None:
     """evaluation.json, where it is of the very checkpoint that is exported."""
+    if not policy.config.logdir:  # it comes from a file, which has it
+        return policy.about.get("evaluation")
     try:
         found = json.loads(files.read(Path(policy.config.logdir) / evaluation.FILE, 1 << 24))
         same = all(found[name] == policy.about[name] for name in ("env_steps", "updates"))

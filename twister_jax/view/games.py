@@ -19,6 +19,7 @@ from twister_jax.errors import UserError
 from twister_jax.randomness import Purpose, generator_for, key_for
 from twister_jax.replay.store import Transition
 from twister_jax.training.evaluation import games_per_env, play
+from twister_jax.training.load import checked
 from twister_jax.training.progress import Progress
 from twister_jax.view.policy import Policy
 
@@ -85,7 +86,7 @@ class Games:
         progress: Progress | None = None,
     ):
         config = policy.config
-        self._policy, self._make_env = policy, make_env
+        self._policy, self._make_env = policy, checked(make_env, policy.spec)
         self._per_env = games_per_env(episodes, config.evaluation.num_envs)
         self._seed = int(generator_for(config.seed, Purpose.EVALUATION_ENVIRONMENT).integers(2**31))
         self._steps: list[list[Played]] = [[] for _ in self._per_env]

@@ -6,6 +6,7 @@ environment is made but for the latter, whose files do not say how many actions 
 
 import dataclasses
 import functools
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,13 +17,16 @@ import numpy as np
 
 from twister_jax import agents, envs
 from twister_jax.agents.base import Agent, Carry, Observation, State
-from twister_jax.agents.fixtures import published_weights
+from twister_jax.agents.fixtures import BROKEN, published_weights
 from twister_jax.config import Config
 from twister_jax.envs.base import EnvSpec
 from twister_jax.errors import UserError
+from twister_jax.fields import show
+from twister_jax.files import one_line
 from twister_jax.presets import complete
 from twister_jax.randomness import Purpose, key_for
 from twister_jax.runtime import start_jax
+from twister_jax.training import state_files
 from twister_jax.training.load import load_run
 from twister_jax.view import weights_file
 
@@ -139,7 +143,7 @@ def load(
     """
     start_jax()
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):  # of pathlib, a name that is too long raises
         raise UserError(f"{path}: there is no such run directory or file")
     if path.is_dir():
         return from_run(path, step)
@@ -161,21 +165,24 @@ def from_run(directory: Path, step: int | None = None, **overrides: Any) -> Poli
 
 def _from_export(path: Path, arrays: Mapping[str, np.ndarray], about: dict[str, Any]) -> Policy:
     config, spec = weights_file.settings(path, about)
-    agent = agents.make_agent(config, spec)
-    state = weights_file.fill(path, jax.eval_shape(agent.init, key_for(0, Purpose.INIT)), arrays)
-    return Policy(config, spec, agent, state, about)
+    try:
+        agent = agents.make_agent(config, spec)
+        like = jax.eval_shape(agent.init, key_for(0, Purpose.INIT))
+    except BROKEN as error:
+        raise UserError(f"{path} has settings of which no agent can be made: {one_line(error)}") from None
+    return Policy(config, spec, agent, weights_file.fill(path, like, arrays), about)
 
 
 def _from_published(
     path: Path, arrays: Mapping[str, np.ndarray], config: Config | None, spec: EnvSpec | None
 ) -> Policy:
     # A fixture of ours names the weights among its other arrays.
-    weights = published_weights(dict(arrays)) or dict(arrays)
-    package = agents.package_of_fixture(weights)
+    named = [name.removeprefix("param/") for name in arrays if name.startswith("param/")] or list(arrays)
+    package = agents.package_of_fixture(named)
     if package is None:
         raise UserError(
             f"{path} is neither a policy that `export` wrote nor an agent's published weights: "
-            f"its first array is {next(iter(arrays), 'missing')!r}"
+            f"its first array is {show(next(iter(arrays), 'missing'))}"
         )
     if config is None:
         raise UserError(
@@ -188,5 +195,10 @@ def _from_published(
     if spec is None:
         suite, name = envs.resolve(config.game)
         spec = suite.make(name, config.env, config.seed, evaluation=True).spec
-    state = package.function("weights", "state_of_published")(weights, config.algorithm, spec)
+    try:
+        weights = published_weights(dict(arrays)) or dict(arrays)
+        state = package.function("weights", "state_of_published")(weights, config.algorithm, spec)
+    except BROKEN as error:
+        raise UserError(f"{path} has weights that do not fit the settings: {one_line(error)}") from None
+    weights_file.check_finite(path, state_files.named_leaves(state))
     return Policy(config, spec, agents.make_agent(config, spec), state, {"source": path.name})

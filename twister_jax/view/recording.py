@@ -11,6 +11,7 @@ from twister_jax.errors import UserError
 from twister_jax.randomness import Purpose, generator_for
 from twister_jax.replay.store import Transition
 from twister_jax.training.evaluation import play
+from twister_jax.training.load import checked
 from twister_jax.view.games import transition
 from twister_jax.view.policy import Policy
 
@@ -47,7 +48,7 @@ def record(
             raise _EnoughError
 
     try:
-        env = make_env(config.game, config.env, num_envs, env_seed, evaluation=True)
+        env = checked(make_env, spec)(config.game, config.env, num_envs, env_seed, evaluation=True)
         try:
             play(policy.agent, policy.state, env, [each] * num_envs, config.seed, on_step=collect)
         except _EnoughError:

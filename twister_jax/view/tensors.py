@@ -7,11 +7,14 @@ package besides those that run it.
 
 import json
 import math
-from collections.abc import Mapping
+import mmap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+
+from twister_jax.files import printable
 
 _DTYPES = {
     "BOOL": np.bool_,
@@ -23,6 +26,11 @@ _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 _METADATA = "__metadata__"
 _LENGTH = 8
 """Bytes of the header's length; headers are padded to a multiple of it, so that arrays are aligned."""
+_MOST_HEADER = 1 << 24
+"""Bytes: JSON takes many times as much memory, and a thousand arrays need a hundredth of it."""
+_MOST_ARRAY = 1 << 62
+"""Bytes that NumPy can count."""
+_MOST_AXES = 64
 
 
 def dump(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
@@ -45,8 +53,8 @@ def dump(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes
     return b"".join([len(text).to_bytes(_LENGTH, "little"), text, *pieces])
 
 
-def parse(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Arrays by name, and the words about them.
+def parse(data: bytes | mmap.mmap) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arrays by name, and the words about them; the arrays are views of `data`.
 
     Raises:
       ValueError: the file is damaged, or of another format; the message says what is wrong.
@@ -54,27 +62,50 @@ def parse(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     start = _LENGTH + int.from_bytes(data[:_LENGTH], "little")
     if not _LENGTH < start <= len(data):
         raise ValueError("it does not begin with a header")
+    if start > _MOST_HEADER:
+        raise ValueError(
+            f"its header has {start - _LENGTH:,} bytes, and {_MOST_HEADER - _LENGTH:,} are the most"
+        )
     try:
-        header = json.loads(data[_LENGTH:start])
+        header = json.loads(data[_LENGTH:start].decode(), object_pairs_hook=_object)
         metadata = dict(header.pop(_METADATA, {}))
         entries = [
-            (int(begin), int(end), name, str(entry["dtype"]), tuple(int(size) for size in entry["shape"]))
+            (*_whole(entry["data_offsets"], 2), name, str(entry["dtype"]), _whole(entry["shape"]))
             for name, entry in header.items()
-            for begin, end in [entry["data_offsets"]]
         ]
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ValueError("its header cannot be read") from None
     arrays, expected = {}, 0
     for begin, end, name, kind, shape in sorted(entries):
+        shown = printable(name)
         if kind not in _DTYPES:
-            raise ValueError(f"{name} has numbers of type {kind}, which are not supported")
+            raise ValueError(f"{shown} has numbers of type {printable(kind)}, which are not supported")
         dtype, count = np.dtype(_DTYPES[kind]), math.prod(shape)
         if min(shape, default=0) < 0 or begin != expected or end - begin != count * dtype.itemsize:
-            raise ValueError(f"its header contradicts itself about {name}")
+            raise ValueError(f"its header contradicts itself about {shown}")
+        if math.prod(size or 1 for size in shape) * dtype.itemsize > _MOST_ARRAY:
+            raise ValueError(f"{shown} has a shape that no array has")
         if start + end > len(data):
-            raise ValueError(f"it ends in the midst of {name}, after {len(data):,} bytes")
+            raise ValueError(f"it ends in the midst of {shown}, after {len(data):,} bytes")
         arrays[name] = np.frombuffer(data, dtype, count, start + begin).reshape(shape)
         expected = end
     if start + expected != len(data):
         raise ValueError(f"{len(data) - start - expected:,} bytes follow the last array")
     return arrays, metadata
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which every key stands once: readers do not agree on which of two they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands there twice")
+    return found
+
+
+def _whole(values: Any, count: int | None = None) -> tuple[int, ...]:
+    """A list of whole numbers, as many as NumPy has axes at most."""
+    if type(values) is not list or len(values) > _MOST_AXES or count not in (None, len(values)):
+        raise TypeError
+    if not all(type(value) is int and abs(value) <= _MOST_ARRAY for value in values):
+        raise TypeError
+    return tuple(values)
