@@ -103,7 +103,7 @@ def check_imported(module: str, game: str) -> None:
     """The same of a module by name; what makes an environment asks here, wherever the name came from."""
     if module and module not in sys.modules:
         raise UserError(
-            f"{game} would run the code of the module {module}, which only the name in a file asks for: "
+            f"{game} would run the code of the module {module}, and a name alone does not allow that: "
             f"if you trust it, say --game {game}, or in Python import {module} first"
         )
 
