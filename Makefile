@@ -30,7 +30,9 @@ help: ## this list
 	@echo
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
 
-install: $(STAMP) ## create .venv and install there what training needs
+comma := ,
+# EXTRAS named on the command line are also added to a .venv that is there already.
+install: $(STAMP) $(if $(filter command%,$(origin EXTRAS)),$(addprefix $(STAMP)-,$(subst $(comma), ,$(EXTRAS)))) ## create .venv and install there what training needs
 
 # The tools of developers, and optional packages: .installed-dev, .installed-dmc, ...
 $(STAMP)-%: $(STAMP)
