@@ -112,7 +112,7 @@ def train(arguments: list[str]) -> int:
 
 
 def _report_at_the_end(directory: Path) -> None:
-    """Training has succeeded, whatever becomes of its report."""
+    """Writes the report; a failure is printed, as training itself has succeeded."""
     from twister_jax.view.report import write
 
     try:
@@ -308,7 +308,7 @@ def read_flags(arguments: list[str]) -> Config:
 
 
 def first_reading(arguments: list[str]) -> tuple[Config, dict[str, str]]:
-    """What flags describe, with `paper` for a preset that is yet to be chosen; and agent, preset and game.
+    """The configuration with `paper` in place of preset `auto`; and agent, preset and game as given.
 
     Raises:
       UserError: as `read_flags`.
@@ -325,7 +325,7 @@ def first_reading(arguments: list[str]) -> tuple[Config, dict[str, str]]:
 
 
 def automatic_preset() -> str:
-    """`paper` on an accelerator; without one `cpu`, which is said."""
+    """`paper` on an accelerator; without one `cpu`, with a message."""
     start_jax()
     import jax
 

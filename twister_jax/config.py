@@ -136,23 +136,23 @@ class Config:
     """Number format of matrix products; auto: bfloat16 on GPU and TPU, float32 on CPU."""
 
     def changeable(self) -> list[str]:
-        """Dotted names of what a resumed run may have otherwise."""
+        """Dotted names of the fields that may change when a run is resumed."""
         return [name for name, field in describe(self).items() if field.changeable]
 
     def to_dict(self) -> dict[str, Any]:
-        """As config.json has it."""
+        """The content of config.json."""
         return dataclasses.asdict(self)
 
 
 def too_many_steps(counts: Mapping[str, int]) -> Iterator[str]:
-    """A complaint where these settings together make an update of more steps than any machine computes."""
+    """A message if these settings together make an update larger than any machine can compute."""
     if math.prod(counts.values()) > 10**7:
         named = " x ".join(f"{name} ({count})" for name, count in counts.items())
         yield f"{named}: must be at most 10,000,000 steps together"
 
 
 def too_few_steps(config: Config, needed: int, why: str) -> Iterator[str]:
-    """Complaints where the prefill or the replay does not give every stream `needed` steps."""
+    """Messages if the prefill or the replay gives a stream fewer than `needed` steps."""
     envs = config.env.num_envs
     from_each = f"{why} from each of env.num_envs = {envs}" if envs > 1 else why
     for name, value in (

@@ -135,7 +135,7 @@ def check_files() -> str:
 
 
 def suite_checks() -> dict[str, Callable[[], str | None]]:
-    """What suites of environments look at themselves."""
+    """The checks that environment suites bring."""
     from twister_jax import envs
 
     return {name: envs.suite(name).check for name in envs.SUITES}

@@ -22,7 +22,7 @@ MOST_UPDATES = 2**31 - 1
 _WHERE = ("parallel.coordinator", "parallel.processes", "parallel.process")
 
 AUTO = "auto"
-"""The preset that is chosen by what the machine has."""
+"""Chooses a preset by the machine's devices."""
 
 
 def make_config(
@@ -68,7 +68,7 @@ def make_config(
 
 
 def complete(config: Config) -> Config:
-    """Fills in what is left to the program: precision by the device's kind, and the run directory."""
+    """Fills in what the user left open: precision, by the kind of device, and the run directory."""
     from twister_jax.runtime import resolve_precision
 
     game = config.game.replace(":", "-").replace("/", "-")
@@ -78,7 +78,7 @@ def complete(config: Config) -> Config:
 
 
 def different_from_paper(config: Config) -> list[str]:
-    """What differs from the published settings, with those in brackets."""
+    """Settings that differ from the published ones, which are given in brackets."""
     published = dataclasses.replace(make_config(config.agent, "paper", config.game), precision="float32")
     return [
         f"{name} {show(new)} ({show(old)})"
@@ -168,5 +168,5 @@ def _contradictions(config: Config) -> Iterator[str]:
 
 
 def stored_steps(config: Config) -> int:
-    """Steps that the replay has room for: resets are stored too, and are many where games are short."""
+    """Steps that the replay has room for; resets are stored too, and short games have many."""
     return min(config.replay.capacity, math.ceil(1.08 * config.train.steps) + 1_000)

@@ -27,14 +27,14 @@ DEFAULT_AGENT = "twister"
 
 @dataclasses.dataclass(frozen=True)
 class Outlook:
-    """What somebody who starts a run may expect of it: measured."""
+    """What to expect of a run, as measured."""
 
     steps_per_second: float
-    """Agent steps, of which each earns its updates."""
+    """Agent steps per second, the updates due for them included."""
     machine: str
-    """Where that was measured."""
+    """The machine this was measured on."""
     learned: str
-    """What was learned by then."""
+    """What the agent had learned at the end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Preset:
     env: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Settings of environments, by name; a suite that lacks one ignores it."""
     suites: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    """Suite, or game -> what the preset has otherwise there, by dotted name."""
+    """Suite or game -> values that the preset changes there, by dotted name."""
     outlook: Mapping[str, Outlook] = dataclasses.field(default_factory=dict)
     """Suite -> what to expect, for presets that take hours."""
 
@@ -70,7 +70,7 @@ class AgentPackage:
     fixture_prefix: str | None = None
     """A fixture with a weight `param/PREFIX…` is of this agent."""
     compiling_bytes: int = 500_000_000
-    """Host memory that compiling its programs takes for a while, as measured, beside all that stays."""
+    """Host memory that compiling its programs takes temporarily, as measured, on top of what a run keeps."""
     published_flops: float | None = None
     """Operations of one update of preset `paper`, as the published formulation computes it."""
     exports_onnx: bool = False

@@ -162,7 +162,7 @@ class Learner:
 
 
 class Glimpse(NamedTuple):
-    """What a world model makes of the step that each sequence stands at."""
+    """What a world model predicts at the current step of each sequence."""
 
     image: Float[Array, "*batch height width channel"]
     """Decoded, in [0, 1] but for what the decoder overshoots; the newest frame where it sees several."""
@@ -176,15 +176,15 @@ class Glimpse(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Dream:
-    """A world model step by step: it may be shown a real step, or foresee one.
+    """A world model step by step: it observes a real step, or imagines one.
 
     Attributes:
       begin: (state, number of sequences) -> mind that has seen nothing; a step with `is_first` comes next.
       observe: (state, mind, step, key) -> mind after a real step of each sequence.
       imagine: (state, mind, action [env, num_actions], key) -> mind after the step that it expects.
-      look: (state, mind) -> `Glimpse` of where it stands.
+      look: (state, mind) -> `Glimpse` of the current step.
       policy: (state, mind, key) -> action [env, num_actions], sampled.
-      learned_reward: what the model is taught of a game's reward.
+      learned_reward: a game's reward -> the value that the model learns to predict.
     """
 
     begin: Callable[[State, int], Mind]
@@ -213,12 +213,12 @@ class Agent(Learner):
       act: (state, carry, observation, key) -> (action [env, num_actions], carry), the policy sampled.
       act_evaluate: the same by the evaluation protocol of the paper (mode or sample).
       sample, learn: the updates of the loop; see `Learner`.
-      took: (carry, action [env, num_actions]) -> the carry where the environments were given this action in
-        place of the one that `act` chose. Only agents whose carry holds the action need one.
+      took: (carry, action [env, num_actions]) -> the carry after the environments took this action instead of
+        the one that `act` chose. Only agents whose carry holds the action need one.
       report: (state, replay, key) -> {name: uint8 picture [height, width, 3]} for people to look at.
       health: state -> `Health`.
-      parts: the `jax.named_scope`s that `update` puts its parts into, for profiles.
-      shared_sizes: sizes of a batch that devices share among them, by setting.
+      parts: the `jax.named_scope`s of `update`'s parts, for profiles.
+      shared_sizes: batch sizes that are divided among devices, by setting.
       min_replay_steps: stored steps a stream needs before `update` may be called.
       tokens_per_update: replayed environment steps through the world model in one update (B·L).
       headline: the metric that the progress line shows.

@@ -36,7 +36,7 @@ def relative_error(ours: ArrayLike, theirs: ArrayLike, rounding: float = 0.0) ->
     """‖ours − theirs‖ / ‖theirs‖; the plain norm of the difference where theirs is zero.
 
     Infinite when the shapes differ, so that broadcasting can never hide an error. `rounding` is the size of
-    a rounding error in theirs: a quantity no larger than that is compared with it in place of itself.
+    a rounding error in theirs: where ‖theirs‖ is smaller, `rounding` is the divisor.
     """
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     if ours.shape != theirs.shape:

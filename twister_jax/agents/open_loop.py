@@ -1,4 +1,4 @@
-"""What a world model sees of recorded steps, and what it foresees when it has to go on alone."""
+"""What a world model makes of recorded steps, and what it predicts from the actions alone."""
 
 from typing import NamedTuple
 
@@ -32,12 +32,12 @@ class OpenLoop(NamedTuple):
 
 
 def open_loop(dream: Dream, state: State, windows: Transition, context: int, key: PRNGKeyArray) -> OpenLoop:
-    """Shows a world model whole windows, and beside them their first `context` steps alone.
+    """Runs a world model on whole windows, and again on their first `context` steps only.
 
     Args:
       dream: the world model.
       state: of its agent.
-      windows: recorded steps [batch, time, ...]; the first counts as an episode's first.
+      windows: recorded steps [batch, time, ...]; the first is treated as an episode's first.
       context: steps seen.
       key: of the latents drawn.
     """
