@@ -8,7 +8,7 @@ class UserError(Exception):
 
 
 class MissingExtraError(UserError):
-    """What was asked for needs packages that are not installed; names the line that installs them."""
+    """A feature needs packages that are not installed; the message has the command that installs them."""
 
     def __init__(self, extra: str, what: str):
         super().__init__(f"{what} needs packages that are not installed: pip install 'twister_jax[{extra}]'")

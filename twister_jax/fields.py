@@ -73,7 +73,7 @@ class _LayerWidths:
 
 
 MOST = 10**9
-"""Of anything that is counted: beyond it lie typing errors, and numbers that 32 bits do not hold."""
+"""Upper limit of every count: larger values are typing errors, or do not fit into 32 bits."""
 
 MOST_WIDE = 10**5  # an axis of an array
 MOST_LONG = 10**4  # steps in a row: some arrays have two such axes
@@ -154,7 +154,7 @@ def documentation(settings: Any) -> dict[str, str]:
 
 
 def meaning(settings: Any, name: str) -> str:
-    """What the setting of this dotted name means."""
+    """The documentation of the setting of this dotted name."""
     *sections, last = name.split(".")
     for section in sections:
         settings = getattr(settings, section)

@@ -46,13 +46,13 @@ _MAY_PASS = (
 
 
 def may_pass(error: Exception) -> bool:
-    """Whether it is of the disk, the network or permissions, and so no sign of damage to what is stored."""
+    """Whether an error comes from the disk, the network or permissions, and so is no sign of damaged data."""
     return isinstance(error, OSError) and error.errno in _MAY_PASS
 
 
 @dataclasses.dataclass(frozen=True)
 class Checksum:
-    """What a file must be to be trusted."""
+    """Size and CRC that a file must have to be trusted."""
 
     size: int
     crc32: int
@@ -162,7 +162,7 @@ def check_directory(path: Path) -> None:
 
 
 def check_working_directory() -> None:
-    """Raises `UserError` where it was deleted, before anything relative to it is looked for."""
+    """Raises `UserError` if the working directory was deleted, before any relative path is used."""
     try:
         os.getcwd()
     except OSError:
@@ -227,7 +227,7 @@ class HeldDirectory:
         self.close()
 
     def close(self) -> None:
-        """Lets it go; so does its end."""
+        """Closes the descriptor; so does garbage collection."""
         self._close()
 
     def is_same(self, other: "HeldDirectory") -> bool:
@@ -387,5 +387,5 @@ def printable(text: str, most: int = 200) -> str:
 
 
 def one_line(message: object) -> str:
-    """An exception's message, or any other, on one line of bearable length."""
+    """An exception's message, or any other, on one line of limited length."""
     return printable(" ".join(str(message).split()), 300) or type(message).__name__

@@ -1,9 +1,9 @@
 """Devices: a mesh, and where every array of a run lies on it.
 
 Along the axis `data` the batch of an update is split, and the environments with their streams of replay;
-parameters are on every device, and XLA adds up the gradients. Everything that an update computes it computes
-of the whole batch: contrastive negatives, quantiles of returns, restarts. So it computes what one device
-computes, up to rounding. Along the axis `seed` lie runs that know nothing of one another.
+parameters are on every device, and XLA sums the gradients. Contrastive negatives, quantiles of returns and
+restarts are taken over the whole batch, so an update computes what one device would, up to rounding. Along
+the axis `seed` lie independent runs.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ Sample = Callable[..., tuple[Any, Any]]
 def split(tree: Any) -> Any:
     """Inside a compiled function: splits the leading axis of every array over the devices of a run.
 
-    What was gathered from all over the batch would else be computed by every device anew. Does nothing where
-    there is one device.
+    Without it, every device would repeat the computation of what was gathered from the whole batch. Does
+    nothing on a single device.
     """
     return jax.lax.with_sharding_constraint(tree, PartitionSpec(DATA)) if devices_in_use() > 1 else tree
 
@@ -42,7 +42,7 @@ def devices_in_use() -> int:
 def on_shares(function: Callable[..., Any], *args: Any) -> Any:
     """`function(*args)`, computed by every device for its share of the first argument's leading axis.
 
-    For what must see a batch as one device has it: loops over pieces of a batch, say.
+    For code that must see one device's share as a plain array, such as a loop over pieces of a batch.
     """
     if devices_in_use() == 1:
         return function(*args)
@@ -132,7 +132,7 @@ class Devices:
         return jax.tree.map(lambda x, s: jax.make_array_from_process_local_data(s, x), tree, shardings)
 
     def spread(self, tree: Any, shardings: Any) -> Any:
-        """Gives every device its part of arrays that this host has whole."""
+        """Distributes arrays that this host holds completely: every device gets its part."""
         if self.count == 1:
             return tree
 
@@ -143,7 +143,7 @@ class Devices:
         return jax.tree.map(place, tree, shardings)
 
     def gathered(self, tree: Any) -> Any:
-        """Copies of all arrays on every device; all processes must ask."""
+        """Copies of all arrays on every device; all processes must call it."""
         return jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, PartitionSpec()))(tree)
 
     def shaped(self, tree: Any, shardings: Any) -> Any:
@@ -153,7 +153,7 @@ class Devices:
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
     def local(self, tree: Any) -> Any:
-        """What the first device of this process has of every array, or of every shape."""
+        """The part of every array, or of every shape, that the first device of this process holds."""
 
         def first(x: Any) -> Any:
             if isinstance(x, jax.Array):
@@ -172,7 +172,7 @@ class Devices:
     # -------------------------------------------------------------------------------- what they compute
 
     def sampler(self, sample: Sample) -> Sample:
-        """`sample`, of which every device draws its share and gathers it from what it has itself.
+        """`sample`, sharded: every device draws its share of the batch from the replay that it holds.
 
         The share is drawn from the device's own streams. Where all have the same stream, all draw the same
         batch, that of a single device, and each gathers its part. No frame goes from one device to another.

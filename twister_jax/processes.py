@@ -20,7 +20,7 @@ from twister_jax.config import ParallelConfig
 from twister_jax.errors import UserError
 
 HEARTBEAT_SECONDS = 20
-"""A process that was silent for so long is gone."""
+"""Seconds of silence after which a process counts as gone."""
 START_SECONDS = 45
 _WORKER = "TWISTER_JAX_SUPERVISED"
 _PEER_GONE = 76
@@ -37,7 +37,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this one writes, and speaks for all."""
+        """Whether this process writes the files and prints, on behalf of all."""
         return self.index == 0
 
     def exchange(self, payload: Any) -> list[Any]:
@@ -95,7 +95,7 @@ def wanted(config: ParallelConfig) -> int:
 
 
 def connect(config: ParallelConfig) -> Processes:
-    """Joins the other processes; call before JAX is used.
+    """Connects to the other processes; call before JAX is used.
 
     Raises:
       UserError: the coordinator does not answer, or others do not come.

@@ -46,7 +46,7 @@ def start_jax() -> None:
 
 
 def keep_compiled_programs(backend: str) -> None:
-    """Keeps them in `cache_directory`; where that cannot be written, every start compiles anew."""
+    """Sets JAX's compilation cache to `cache_directory`; without write access, every start compiles anew."""
     import jax
 
     cache = cache_directory(backend)
@@ -67,7 +67,7 @@ def keep_compiled_programs(backend: str) -> None:
 
 
 def _remove_damaged_programs(cache: Path) -> None:
-    """From here on, what JAX cannot read makes way for what it compiles instead; JAX itself would keep it.
+    """From here on, deletes cached programs that JAX cannot read, so that the recompiled ones are stored.
 
     JAX warns of the program's name, before it compiles. Which of that name is damaged it does not say, so
     all of them go.
@@ -195,6 +195,6 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Gives the kernel what was kept, so that it does not count as taken; elsewhere does nothing."""
+    """Returns freed memory that glibc kept to the kernel; elsewhere does nothing."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,11 +1,9 @@
 """Where runs are trained: on this machine, on a Ray cluster, or by SLURM."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from experiments.job import Job, Outcome, title
-from experiments.suite import Plan
 from twister_jax.training.progress import say
 
 LAUNCHERS = ("local", "ray", "slurm")
@@ -30,10 +28,6 @@ class Options:
     cpus: int = 0
     slurm: tuple[str, ...] = ()
     dry_run: bool = False
-
-
-Launch = Callable[[Path, Plan, list[Job], Options], int]
-"""Trains the jobs of a plan in a suite's directory; returns the exit code."""
 
 
 class Summary:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from twister_jax.cli import main
 from twister_jax.view import plots, report, warnings
+from twister_jax.view.record import read
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def warned(directory, **last):
     rows = rows_of(directory)
     rows[-1] |= last
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return warnings.of(report.read(directory))
+    return warnings.of(read(directory))
 
 
 def test_a_sound_run_has_no_warnings(copy):
@@ -122,20 +123,20 @@ def test_text_of_a_stranger_is_not_run(copy):
 
 
 def test_notes_of_the_run_are_warnings(copy):
-    record = report.read(copy)
+    record = read(copy)
     host = {"counters": {"notes": ["resumed at step 30 with new episodes"]}}
     assert warnings.of(dataclasses.replace(record, host=host)) == ["resumed at step 30 with new episodes"]
 
 
 def test_resumptions_are_counted(copy):
-    assert "resumed" not in report.facts(report.read(copy))["time"]
+    assert "resumed" not in report.facts(read(copy))["time"]
     (copy / "events.out.tfevents.2.host").write_bytes(b"")
-    assert report.facts(report.read(copy))["time"].endswith("resumed 1 time")
+    assert report.facts(read(copy))["time"].endswith("resumed 1 time")
 
 
 def test_runs_that_are_called_alike_are_told_apart(copy, tmp_path):
     shutil.copytree(copy, tmp_path / "again" / copy.name)
-    records = [report.read(copy), report.read(tmp_path / "again" / copy.name)]
+    records = [read(copy), read(tmp_path / "again" / copy.name)]
     page = report.render(records)
     for record in records:
         assert f"Minimal on Catch, seed 0 ({record.directory})" in page
@@ -148,7 +149,7 @@ def test_the_newest_of_every_kind_is_shown(copy):
         (videos / name).write_bytes(name.encode())
     (videos / "watch-0000060-median.mp4").write_bytes(bytes(report.LARGEST_VIDEO + 1))
     (videos / "watch-0000060-sheet.png").write_bytes(b"no picture")
-    shown = report.media(report.read(copy))["How it plays"]
+    shown = report.media(read(copy))["How it plays"]
     captions = [item["caption"] for item in shown]
     assert captions[0] == (
         "These games at a glance, after 60 steps: videos/watch-0000060-sheet.png is not shown here (damaged)"

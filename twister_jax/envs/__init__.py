@@ -42,10 +42,10 @@ def suite(name: str) -> "Suite":
 
 
 def resolve(game: str) -> "tuple[Suite, str]":
-    """The suite that a game is of, and its name there, from any spelling: `NAME` or `SUITE:NAME`.
+    """The suite that a game belongs to, and its name there, from any spelling: `NAME` or `SUITE:NAME`.
 
     Raises:
-      UserError: nothing is called so; the message offers close matches.
+      UserError: there is no such game; the message offers close matches.
     """
     prefix, colon, name = game.partition(":")
     if colon:

@@ -97,13 +97,13 @@ def insert(replay: Replay, step: Transition) -> Replay:
 
 
 def slot_of(replay: Replay, step: Int[Array, "*batch"]) -> Int[Array, "*batch"]:
-    """Where a step lies that is counted from the oldest one held."""
+    """The slot of a step that is counted from the oldest one held."""
     oldest = jnp.where(replay.inserted > replay.capacity, replay.inserted % replay.capacity, 0)
     return (oldest + step) % replay.capacity
 
 
 def in_order(replay: Replay, rows: Array) -> Array:
-    """`rows` [stream, capacity, ...] of the store, from the oldest step on; what is not held comes last."""
+    """`rows` [stream, capacity, ...] of the store, oldest step first; unused slots come last."""
     return jnp.roll(rows, -slot_of(replay, jnp.zeros((), jnp.int32)), axis=1)
 
 
@@ -140,7 +140,11 @@ def sample(replay: Replay, key: PRNGKeyArray, batch_size: int, length: int) -> T
 def draw_uniform(
     key: PRNGKeyArray, count: int, allowed: Bool[Array, "stream capacity"]
 ) -> tuple[Int[Array, " count"], Int[Array, " count"]]:
-    """Streams and steps of `count` different allowed steps, all equally likely; at least so many must be."""
+    """Draws `count` different allowed steps uniformly; at least that many must be allowed.
+
+    Returns:
+      streams, and steps counted from the oldest.
+    """
     return _draw(key, count, jnp.where(allowed, 0.0, -jnp.inf))
 
 
@@ -156,7 +160,7 @@ def draw_balanced(
       key: of the draw.
       count: how many to draw; at least so many must be allowed.
       allowed: steps that may be drawn, counted from the oldest.
-      temperature: in visits; the smaller, the more evenly steps are visited.
+      temperature: in visits; the lower, the more evenly steps are visited.
 
     Returns:
       streams, steps counted from the oldest, and the store with its visits counted.

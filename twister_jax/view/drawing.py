@@ -26,7 +26,7 @@ MARK = (255, 90, 80)
 FAINT = (105, 110, 125)
 _CURVE = (120, 200, 255)
 _LEAST_SPAN = 0.1
-"""Of the values of a curve: noise is not blown up."""
+"""Smallest range of values that a curve is scaled to, so that noise is not magnified."""
 _MARGIN = 8
 _LINE = 24
 _FONT = ImageFont.load_default(18)
@@ -43,7 +43,7 @@ def as_rgb(image: UInt8[np.ndarray, "height width channel"]) -> Picture:
 
 
 def enlarge(image: Picture, height: int) -> Picture:
-    """By the whole factor that comes closest to a height: pixels stay square and sharp."""
+    """Enlarges by the integer factor that comes closest to a height, so pixels stay square and sharp."""
     factor = max(1, round(height / image.shape[0]))
     return image.repeat(factor, axis=0).repeat(factor, axis=1)
 

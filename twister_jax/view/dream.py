@@ -43,8 +43,8 @@ class Trust:
 
     Attributes:
       image: mean absolute difference of a pixel, of 0 (black) to 1 (white).
-      reconstruction: the same with every image seen: what no foresight can beat.
-      frozen: the same of the last image seen, repeated: what foresight has to beat.
+      reconstruction: the same where every image is seen: the best that a prediction can reach.
+      frozen: the same for the last image seen, repeated: the baseline that a prediction has to beat.
       reward: absolute error, of the reward as the agent learns it.
       seen_reward: the same with every image seen.
       continues: of the probability that the episode goes on.

@@ -99,7 +99,7 @@ class DreamEnv:
 
 @functools.lru_cache(maxsize=4)
 def _compiled(dream: Dream) -> tuple[Any, Any]:
-    """Once for all environments that dream alike."""
+    """The compiled functions of a dream, shared by all environments that use it."""
 
     @jax.jit
     def see(state, window, key):

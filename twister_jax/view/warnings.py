@@ -2,16 +2,14 @@
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from twister_jax import files
 from twister_jax.presets import stored_steps
-
-if TYPE_CHECKING:
-    from twister_jax.view.report import Record
+from twister_jax.view.record import Record
 
 NO_ENTROPY = 0.01
 """Of a policy or of latents, in the unit that the agent logs: below it, nothing is left to chance."""
@@ -20,7 +18,7 @@ CONSTANT = 0.02
 """Share of the truth's variation over time below which a decoder shows a constant."""
 
 
-def of(record: "Record") -> list[str]:
+def of(record: Record) -> list[str]:
     """One line for each thing that is wrong, or may be."""
     found = [*record.notes, *_of_numbers(record)]
     pictures = sorted((record.directory / "pictures").glob("open_loop-*.png"))
@@ -29,7 +27,7 @@ def of(record: "Record") -> list[str]:
     return found
 
 
-def _of_numbers(record: "Record") -> list[str]:
+def _of_numbers(record: Record) -> list[str]:
     found, steps = [], stored_steps(record.config)
     skipped, longest = _last(record, "health/skipped"), _last(record, "health/longest")
     if skipped:
@@ -55,7 +53,7 @@ def _of_numbers(record: "Record") -> list[str]:
     return found
 
 
-def _last(record: "Record", name: str) -> float | None:
+def _last(record: Record, name: str) -> float | None:
     values: list[Any] = [row[name] for row in record.rows if isinstance(row.get(name), int | float)]
     return float(values[-1]) if values else None
 

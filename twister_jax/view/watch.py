@@ -18,7 +18,7 @@ HEIGHT = 420
 RATE = 15
 """Frames per second: real time where a step is four frames of sixty in a second."""
 SLOW = 4
-"""The same for games that would otherwise be over in the twinkling of an eye."""
+"""The same for games that would otherwise be over in an instant."""
 SHORT = 60
 """Steps up to which a game is shown slowly."""
 SHEET = 8

@@ -114,7 +114,7 @@ class TwmConfig(AlgorithmConfig):
     gae_lambda: Fraction = 0.95
     """Lambda of the generalised advantage estimates."""
     restart_threshold: FractionBelowOne = 0.1
-    """A rollout whose cumulative discount falls under this is cut and restarts."""
+    """A rollout whose cumulative discount falls below this is cut and restarts."""
     actor_entropy_scale: NonNegative = 0.01
     """Weight of the policy's entropy loss."""
     actor_entropy_threshold: Fraction = 0.1

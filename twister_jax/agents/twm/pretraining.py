@@ -1,4 +1,4 @@
-"""What TWM's networks minimise before the loop, on steps that random actions led to."""
+"""TWM's pre-training losses, on steps collected with random actions before the loop."""
 
 import jax
 import jax.numpy as jnp
@@ -84,5 +84,5 @@ def replayed_trajectory(
 
 
 def actor_loss(actor: Network, seen: Array, config: TwmConfig) -> Float[Array, ""]:
-    """The actor starts from the policy of most entropy, as the data come from random actions."""
+    """Negative entropy: the actor starts near the uniform policy, as the data come from random actions."""
     return -config.actor_entropy_scale * normalized_policy_entropy(actor, seen)

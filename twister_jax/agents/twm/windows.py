@@ -70,7 +70,7 @@ def is_observation(replay: Replay) -> Bool[Array, "stream capacity"]:
 
 
 def valid_starts(replay: Replay, observations: int) -> Bool[Array, "stream capacity"]:
-    """Which steps a window of so many observations can start at: those with enough of them to come."""
+    """Which steps a window of `observations` can start at: those followed by enough observations."""
     kept = is_observation(replay)
     # Every episode has an observation for its last frame, so the newest 2·observations steps hold enough.
     reach = min(2 * observations, replay.capacity)
