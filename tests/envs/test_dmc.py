@@ -111,13 +111,16 @@ def test_the_record_of_an_evaluation_says_what_was_played():
     assert suite.normalize("walker_walk", 500.0) is None
 
 
-def test_a_probe_sees_an_episode_end():
+def test_a_probe_sees_an_episode_end(monkeypatch):
     suite = envs.suite("dmc")
     env = suite.make("pendulum_swingup", suite.for_probe(DmcConfig()), 0)
+    seen, step = [], env.step
+    monkeypatch.setattr(env, "step", lambda action: seen.append(step(action)) or seen[-1])
     try:
         probe(env, "dmc:pendulum_swingup")
     finally:
         env.close()
+    assert any(each.is_first for each in seen)  # the reset after the end; `probe` passes without one too
 
 
 @pytest.mark.slow

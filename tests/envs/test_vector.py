@@ -297,9 +297,10 @@ def test_too_many_failures_in_a_row_end_the_run():
 
 
 def test_failures_of_different_environments_are_counted_apart():
-    env, _ = faulty([{"fails_at": (2,)}] * 6, num_envs=3, max_failures=2)
+    env, seeds = faulty([{"fails_at": (2,)}] * 6, num_envs=3, max_failures=2)
     env.reset()
     play(env, 50)
+    assert len(seeds) == 3 + 6  # all six failures came, two of each environment
 
 
 def test_failures_far_apart_are_forgiven():

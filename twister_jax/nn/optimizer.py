@@ -67,10 +67,6 @@ def _norm(arrays: list[Array]) -> Float[Array, ""]:
     return jnp.sqrt(jnp.sum(jax.lax.optimization_barrier(jnp.concatenate(rows))))
 
 
-def global_norm(gradients: Params) -> Float[Array, ""]:
-    """What `optax.tree.norm` computes."""
-    return _norm(_few_arrays(gradients))
-
 
 def largest_step(config: OptimizerConfig) -> float:
     """What no step of Adam exceeds.
