@@ -19,6 +19,8 @@ _NOTHING = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "o
 _NOTHING |= {"after-all", "add-dependency", "partition-id", "replica-id"}
 _MOVES = _NOTHING | {"broadcast", "reshape", "copy", "transpose", "iota", "pad", "concatenate", "slice"}
 _MOVES |= {"dynamic-slice", "dynamic-update-slice", "gather", "scatter", "custom-call"}
+_ALL = {"reduce", "reduce-window", "dot", "convolution", "sort", "scatter", "tuple"}
+"""What asks for all of its operands, however little is asked of it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,10 @@ class Work:
     """Element-wise ones, and those of sums, on padded arrays."""
     precision: str = "bfloat16"
     """Of the products: bfloat16, float32, or `fast` for float32 rounded on the way."""
+
+    def of(self, share: float) -> "Work":
+        """With a share of the element-wise operations."""
+        return dataclasses.replace(self, vector=self.vector * share)
 
     def __add__(self, other: "Work") -> "Work":
         larger = max(self, other, key=lambda each: each.padded)
@@ -195,7 +201,8 @@ class _Reader:
         """Operations, those of what it calls included."""
         if each.operation in _FUSIONS:
             fused = self.program[each.called("calls")[0]]
-            return sum((self.work(inner, fused) for inner in fused.values()), Work())
+            shares = _shares(fused)
+            return sum((self.work(inner, fused).of(shares[inner.name]) for inner in fused.values()), Work())
         operands = [inside[name].result for name in each.operands if name in inside]
         if each.operation in ("dot", "convolution") or "__cudnn$conv" in each.line or "__cublas" in each.line:
             products, lost = self.product(each, operands)
@@ -269,6 +276,27 @@ class _Reader:
                     )
                     return ("reduce-scatter" if scatters else found), sent
         return "", 0.0
+
+
+def _shares(fused: Computation) -> dict[str, float]:
+    """Of each instruction of a fusion the share of its elements that are asked for.
+
+    A fusion computes element by element: of what is sliced it computes the slices, one draw of random bits
+    only where a kernel reads it.
+    """
+    asked, sliced = dict.fromkeys(fused, 0.0), dict.fromkeys(fused, 0.0)
+    for each in reversed(fused.values()):
+        here = 1.0 if each.is_root else max(asked[each.name], min(1.0, sliced[each.name]))
+        asked[each.name] = here
+        for place, operand in enumerate(each.operands):
+            if operand not in fused:
+                continue
+            if each.operation in ("slice", "dynamic-slice", "gather") and place == 0:
+                whole = max(1, fused[operand].result.elements)
+                sliced[operand] += each.result.elements * here / whole
+            else:
+                asked[operand] = max(asked[operand], 1.0 if here and each.operation in _ALL else here)
+    return asked
 
 
 def _moved(ends: Sequence[Shape]) -> float:

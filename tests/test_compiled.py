@@ -217,6 +217,37 @@ def test_a_collective_beside_other_work_counts_once_and_a_scattered_sum_as_such(
     assert found["on"].work.products == 2 * 8**3
 
 
+SLICED_PROGRAM = """HloModule jit_update
+
+%parts (a: f32[100]) -> (f32[10], f32[5]) {
+  %a = f32[100]{0} parameter(0)
+  %drawn = f32[100]{0} add(%a, %a)
+  %mixed = f32[100]{0} multiply(%drawn, %drawn)
+  %first = f32[10]{0} slice(%mixed), slice={[0:10]}
+  %second = f32[5]{0} slice(%mixed), slice={[10:15]}
+  ROOT %both = (f32[10]{0}, f32[5]{0}) tuple(%first, %second)
+}
+
+%all (a: f32[100]) -> f32[] {
+  %a = f32[100]{0} parameter(0)
+  %zero = f32[] constant(0)
+  %drawn = f32[100]{0} add(%a, %a)
+  ROOT %sum = f32[] reduce(%drawn, %zero), dimensions={0}, to_apply=%add
+}
+
+ENTRY %main (a: f32[100]) -> f32[] {
+  %a = f32[100]{0} parameter(0)
+  %some = (f32[10]{0}, f32[5]{0}) fusion(%a), kind=kLoop, calls=%parts
+  ROOT %every = f32[] fusion(%a), kind=kInput, calls=%all
+}
+"""
+
+
+def test_of_what_a_kernel_slices_it_computes_the_slices():
+    found = {each.name: each.work.vector for each in kernels.read(SLICED_PROGRAM)}
+    assert found == {"some": pytest.approx(2 * 15), "every": pytest.approx(2 * 100)}
+
+
 def test_a_kernel_takes_the_largest_of_its_times_and_a_launch():
     chip = targets.CHIPS["v5e"]
     work = Work(products=1e9, padded=197e9, vector=chip.vector * 1e-4, precision="bfloat16")
