@@ -64,7 +64,8 @@ def _group(path: Any) -> str:
 def check(count: int, kind: str, target: str) -> dict[str, Any]:
     config, spec, sizes = SIZES[kind]
     config = dataclasses.replace(config, algorithm=dataclasses.replace(config.algorithm, **sizes))
-    fast = {"xla_backend_optimization_level": 0}  # to compile; what is computed is the same
+    # To compile; what is computed is the same.
+    fast = conftest.QUICK if conftest.CAN_BE_QUICK else {"xla_backend_optimization_level": 0}
 
     def compiled(function, *args, **options):
         return jax.jit(function, **options).lower(*args).compile(compiler_options=fast)
@@ -72,9 +73,9 @@ def check(count: int, kind: str, target: str) -> dict[str, Any]:
     with tracing_for(target):
         agent = make_agent(config, spec)
         key = jax.random.key(2)
-        state = jax.jit(agent.init)(jax.random.key(0))
+        state = compiled(agent.init, jax.random.key(0))(jax.random.key(0))
         replay = conftest.filled_replay(40, STREAMS, spec=spec)
-        batch, _ = jax.jit(agent.sample)(replay, jax.random.key(1))
+        batch, _ = compiled(agent.sample, replay, jax.random.key(1))(replay, jax.random.key(1))
         one = compiled(agent.learn, state, batch, key)(state, batch, key)
 
         devices = Devices.choose(count, STREAMS, agent.shared_sizes)
@@ -99,6 +100,7 @@ def check(count: int, kind: str, target: str) -> dict[str, Any]:
     return {
         "differences": largest_differences(one, many),
         "learn": collectives(program.as_text()),
+        "learn, in loops": collectives(program.as_text().partition("\nENTRY ")[0]),
         "sample": collectives(sampling.as_text()),
         "in place": sampling.memory_analysis().alias_size_in_bytes >= after.frames.nbytes / count,
         "replay per device": [shard.data.nbytes for shard in after.frames.addressable_shards],

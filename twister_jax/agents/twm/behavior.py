@@ -23,6 +23,7 @@ from twister_jax.agents.twm.observation import Convolutions, flat, hinge
 from twister_jax.nn.distributions import OneHot, Sampler
 from twister_jax.nn.layers import cast_kernels
 from twister_jax.nn.networks import Params
+from twister_jax.parallel import whole
 
 Network = Callable[[Array], Array]
 """Actor or critic."""
@@ -205,7 +206,8 @@ def imagine(
         weight = jnp.where(carry.done, 1.0, carry.cumulative)
         cumulative = weight * discount
         done = cumulative < config.restart_threshold
-        order = carry.restarted + jnp.cumsum(done) - 1
+        cuts = whole(done)
+        order = whole(carry.restarted + jnp.cumsum(cuts) - 1)
         latent = jnp.where(done[:, None], fresh[order % pool], flat(draw("latent", predictions.latent)))
         chex.assert_equal_shape([latent, carry.latent])
         carry = _Carry(
@@ -215,7 +217,7 @@ def imagine(
             reward=predictions.reward,
             done=done,
             cumulative=cumulative,
-            restarted=carry.restarted + jnp.sum(done),
+            restarted=carry.restarted + jnp.sum(cuts),
             hidden=without_ended(hidden, done) if reads_state else None,
         )
         # In one array: each that a loop collects is a kernel of its own in every round.
