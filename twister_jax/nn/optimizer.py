@@ -67,7 +67,6 @@ def _norm(arrays: list[Array]) -> Float[Array, ""]:
     return jnp.sqrt(jnp.sum(jax.lax.optimization_barrier(jnp.concatenate(rows))))
 
 
-
 def largest_step(config: OptimizerConfig) -> float:
     """What no step of Adam exceeds.
 
