@@ -42,8 +42,10 @@ def test_the_paper_preset_is_the_paper_in_float32_alone(agent):
 def test_a_suite_and_an_agent_add_to_a_preset():
     """The suite's settings come over the agent's, and what an agent has for a suite over both."""
     assert make_config(preset="cpu", game="Catch").train.steps == 1_600
-    assert make_config(preset="cpu", game="ContinuousCatch").train.steps == 1_500
-    assert make_config(preset="cpu", game="ContinuousCatch").algorithm.batch_size == 4
+    continuous = make_config(preset="cpu", game="ContinuousCatch")
+    assert (continuous.train.steps, continuous.algorithm.batch_size) == (2_800, 4)
+    assert continuous.algorithm.actor_optimizer.learning_rate == 2e-4  # its own, over the suite's
+    assert continuous.algorithm.critic_optimizer.learning_rate == 6e-4
     assert make_config("twm", "cpu", "Catch").train.steps == 3_000
     assert make_config(preset="cpu", game="Pong").env.evaluation_time_limit_frames == 18_000
     atari = make_config("twm", "paper", "Pong").env
