@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from twister_jax import files
+from twister_jax.training.rows import whole_rows
 
 RECORD = "job.json"
 """What the process that trains says about itself, in the run directory."""
@@ -50,19 +51,9 @@ def rows(directory: Path) -> Iterator[dict[str, Any]]:
     """All rows of metrics.jsonl."""
     try:
         with files.open_regular(directory / "metrics.jsonl") as file:
-            yield from _rows(file)
+            yield from whole_rows(file)
     except OSError:
         return
-
-
-def _rows(lines: Any) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and files.is_number(row.get("env_steps"), int):
-            yield row
 
 
 def last_line(directory: Path, since: int = 0, preferred: str = "") -> str:
@@ -114,18 +105,18 @@ def standing(directory: Path, steps: int) -> Standing:
     """Where the run in this directory stands, which is to take `steps`."""
     record = read_json(directory / RECORD) or {}
     lines = _last_lines(directory)
-    newest = next(_rows(reversed(lines)), {})  # few rows are parsed: there may be ten thousand runs
+    newest = next(whole_rows(reversed(lines)), {})  # few rows are parsed: there may be ten thousand runs
     seconds = _number(newest, "wall_seconds", 0.0)
     where = " ".join(_printable(record.get(name, "")) for name in ("host", "device")).strip()
     result = evaluation(directory)
     if result is not None and (taken := int(_number(result, "env_steps", -1))) >= steps:
         return Standing("finished", taken, seconds, 0.0, _number(result, "mean", None), where)
-    scored = next(_rows(line for line in reversed(lines) if b'"episode/score"' in line), {})
+    scored = next(whole_rows(line for line in reversed(lines) if b'"episode/score"' in line), {})
     return Standing(
         state=_state(record, bool(newest)),
         env_steps=newest.get("env_steps", 0),
         seconds=seconds,
-        pace=_pace(next(_rows(lines), {}), newest),
+        pace=_pace(next(whole_rows(lines), {}), newest),
         score=_number(scored, "episode/score", None),
         where=where,
         note=_printable(record.get("last_line", "")),

@@ -246,11 +246,12 @@ def _check_run(options: RunOptions) -> None:
     stored = presets.read_config(Path(options.logdir)).game
     if not isinstance(options, PlayOptions):
         return
-    if options.game and (named := envs.full_name(options.game)) != stored:
+    if not options.game:
+        envs.check_admitted(stored)
+    elif (named := envs.full_name(options.game)) != stored:
         raise UserError(f"--game {named}: {options.logdir} is a run of {show(stored)}")
-    if options.game:
+    else:
         envs.admit(stored)
-    envs.check_admitted(stored)
 
 
 def parity(arguments: list[str]) -> int:

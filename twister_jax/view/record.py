@@ -10,6 +10,7 @@ from twister_jax import agents, files, presets
 from twister_jax.config import Config
 from twister_jax.training.evaluation import FILE as EVALUATION
 from twister_jax.training.manifest import newest_host
+from twister_jax.training.rows import whole_rows
 
 _MOST_BYTES = 1 << 28
 
@@ -79,18 +80,13 @@ def read(directory: Path) -> Record:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows that are whole: the last one may be being written."""
+    """Whole rows, of which what is no number is left out."""
     try:
         lines = files.read(path, _MOST_BYTES).decode(errors="replace").splitlines()
     except OSError:
         return
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and files.is_number(row.get("env_steps"), int):
-            yield {name: value for name, value in row.items() if value is None or files.is_number(value)}
+    for row in whole_rows(lines):
+        yield {name: value for name, value in row.items() if value is None or files.is_number(value)}
 
 
 def _is_evaluation(found: Any) -> bool:

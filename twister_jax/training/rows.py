@@ -1,0 +1,18 @@
+"""Rows of `metrics.jsonl`, read from lines; `training.logs` says what is in them."""
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from twister_jax import files
+
+
+def whole_rows(lines: Iterable[str | bytes]) -> Iterator[dict[str, Any]]:
+    """Rows that can be read, by name: the last line may be being written, and others damaged."""
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and files.is_number(row.get("env_steps"), int):
+            yield row
