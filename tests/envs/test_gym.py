@@ -16,6 +16,7 @@ from twister_jax.presets import make_config
 from twister_jax.training.train import train
 
 third.register()
+envs.admit("gym:tests.third.worlds:Plain-v0")  # as `train --game` does: no name alone makes its code run
 SUITE = envs.suite("gym")
 
 
