@@ -1,4 +1,4 @@
-"""An update compiled for machines that are not there, from shapes alone.
+"""An update compiled for machines that this host does not have, from shapes alone.
 
 TPUs take `libtpu`, which compiles for them without one (the extra `tpu`). GPUs take JAX's CUDA build (JAX
 0.11, the extra `cuda12`); XLA then chooses without trying, and gives matrix products to cuBLAS.

@@ -33,7 +33,7 @@ class Bench:
         return self._subject
 
     def forget(self) -> None:
-        """Whoever asks next gets a new subject: donated buffers may be gone, or memory is wanted."""
+        """Drops the subject, so that the next use makes a new one: buffers are donated, memory is short."""
         self._subject = None
 
     @property
@@ -64,7 +64,7 @@ class Bench:
         return Clock(step, (self.subject.state, self.subject.replay, None, 0), self.fill)
 
     def keep(self, clock: Clock) -> None:
-        """What the updates made of state and replay."""
+        """Stores the state and the replay that the updates returned."""
         self.subject.state, self.subject.replay = clock.carry[:2]
 
     # -------------------------------------------------------------------------------------- how to measure

@@ -1,4 +1,4 @@
-"""What a device is given to do in a compiled program: kernels, their bytes and operations, and collectives.
+"""The work in a compiled program: kernels, their bytes and operations, and collectives.
 
 Loops count as often as they go round. Of what is gathered or sliced, and of what is updated in place, only
 the part that is touched counts as memory traffic.
@@ -52,7 +52,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """An instruction that the device is given.
+    """An instruction that the device executes.
 
     Attributes:
       name: as the program calls it.

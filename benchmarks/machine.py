@@ -62,7 +62,7 @@ def host_peak_bytes() -> int:
 
 @contextlib.contextmanager
 def limited_host_memory() -> Iterator[None]:
-    """What does not fit raises JAX's RESOURCE_EXHAUSTED before the kernel has to kill the process.
+    """Limits host memory, so that what does not fit raises RESOURCE_EXHAUSTED and the kernel kills nothing.
 
     The heap may grow to what this process holds now and what is free. Does nothing where that is unknown, or
     where an accelerator's memory is what counts.

@@ -19,7 +19,7 @@ HOP = 1e-6
 NETWORK = 50e9
 """Bytes per second, one direction, between nodes of eight GPUs: a port of 400 Gb/s for each."""
 PAYS = 1.25
-"""Twice the chips have to be so many times faster."""
+"""Speed-up that twice the chips must bring to be worth it."""
 
 
 class Model:

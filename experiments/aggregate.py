@@ -17,7 +17,7 @@ from twister_jax.errors import UserError
 
 AGGREGATES = {"mean": "Mean", "median": "Median", "iqm": "IQM", "optimality_gap": "Optimality gap"}
 _OF_GAMES = ("mean", "median")
-"""Aggregates that a mean per game is enough for."""
+"""Aggregates for which the mean of each game suffices."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ _POLL_SECONDS = 0.2
 _PATIENCE_SECONDS = 300.0
 """How long a job waits for a process that still holds its run, because it is saving, say."""
 _SECONDS_APART = 2.0
-"""Between the processes of a job hearing of the same signal."""
+"""Most seconds between the processes of a job receiving the same signal."""
 
 Job = tuple[PlannedRun, ...]
 

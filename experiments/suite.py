@@ -150,7 +150,7 @@ def _parse(name: str, data: dict[str, Any]) -> Suite:
 def narrow(
     suite: Suite, games: Sequence[str] = (), seeds: Sequence[int] = (), sets: Sequence[str] = ()
 ) -> Suite:
-    """The part of a suite that is asked for; what is empty stays whole.
+    """The requested part of a suite; an empty argument selects everything.
 
     Raises:
       UserError: the suite has no such game or set. Seeds are anybody's choice.

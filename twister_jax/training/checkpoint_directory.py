@@ -53,7 +53,7 @@ class CheckpointDirectory:
         return sorted(self._paths(CHECKPOINT_NAME), key=order)
 
     def refuse_if_any(self, unusable: Sequence[Path]) -> None:
-        """Raises `UserError` where training anew would bury something."""
+        """Raises `UserError` if starting from scratch would hide unusable checkpoints."""
         if unusable:
             raise UserError(
                 f"none of the {len(unusable)} checkpoints in {self.directory} is usable (reasons above): "

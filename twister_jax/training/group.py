@@ -38,10 +38,10 @@ class Member(Run):
     index: int
 
     def compile(self, shapes: RunState, replay: Replay) -> None:
-        """The group does."""
+        """Does nothing: the group compiles for all its members."""
 
     def join(self, group: "Group", index: int) -> None:
-        """From now on the arrays are the group's; those that the member had are let go."""
+        """Joins a group, which holds the arrays from now on; the member's own are released."""
         self.group, self.index = group, index
         for name in ("state", "replay", "averages"):
             self.__dict__.pop(name, None)
@@ -74,8 +74,8 @@ class Group:
 
     Attributes:
       live: those that take part.
-      failed: why others do not, by seed.
-      unsaved: seeds that are finished, and that their directory refused.
+      failed: why others have stopped, by seed.
+      unsaved: seeds that are finished but could not be saved in their directory.
     """
 
     def __init__(self, members: Sequence[Member]):

@@ -49,7 +49,7 @@ class Standing:
 
 
 def fingerprint(settings: Mapping[str, Any], state: Any) -> str:
-    """Names an evaluation: all that decides its games."""
+    """Identifies an evaluation by everything that its games depend on."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for leaf in jax.tree.leaves(state):
         digest.update(np.asarray(leaf).tobytes())
@@ -62,7 +62,7 @@ class KeptGames:
     Args:
       directory: of the run.
       of: the evaluation's fingerprint.
-      minutes: between two times that they are kept without a signal.
+      minutes: between two writes of the file when no signal comes.
       say: prints a line.
       check_held: raises `LostError` where the directory is not the run's any more.
     """
@@ -105,7 +105,7 @@ class KeptGames:
         return standing
 
     def due(self) -> bool:
-        """Whether a kill would cost too much by now."""
+        """Whether it is time to write the file, so that a kill costs little."""
         return time.monotonic() - self._kept_at > self._seconds
 
     def keep(self, standing: Standing) -> None:

@@ -116,7 +116,7 @@ class Lock:
         return True
 
     def _watch(self, locked: bool) -> None:
-        """Refuses where somebody whom the kernel's lock does not keep out goes on writing lines."""
+        """Refuses if another holder, whom the kernel's lock does not keep out, is still writing lines."""
         line = self._read()
         found = _LINE.fullmatch(line.decode(errors="replace"))
         if found is None or (locked and found[3] == _boot()):

@@ -1,4 +1,4 @@
-"""Whether what a run needs fits into memory, asked before it starts."""
+"""Checks, before a run starts, that what it needs fits into memory."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +40,7 @@ def check_memory(needed: dict[str, int], device: Any = None) -> None:
 
 
 def check_start(replay: int, agent: int, compiling: int, device: Any, say: Callable[[str], None]) -> None:
-    """Refuses a run that cannot fit, and says so of one that fits only where its programs are in the cache.
+    """Refuses a run that cannot fit, and warns of one that fits only if its programs are already cached.
 
     Args:
       replay: bytes of the store.

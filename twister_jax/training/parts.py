@@ -166,7 +166,7 @@ class Part(Run):
 
 
 class Silent(Progress):
-    """What those say that have another one speak for them."""
+    """The progress of the other processes, which print nothing."""
 
     def due(self) -> bool:
         return False
@@ -179,7 +179,7 @@ class Silent(Progress):
 
 
 class NoDirectory(RunDirectory):
-    """The run directory of those that have another one write."""
+    """The run directory of the other processes, which write nothing."""
 
     def __enter__(self) -> "NoDirectory":
         return self

@@ -70,7 +70,7 @@ class Programs:
         return 0 if analysis is None else analysis.temp_size_in_bytes
 
     def compiled(self, name: str) -> bool:
-        """Whether it is there already."""
+        """Whether it has been compiled already."""
         return self._futures[name].done()
 
 

@@ -113,7 +113,7 @@ def line_of(run: "Run", shown: Mapping[str, Any]) -> str:
 
 
 def print_anywhere() -> None:
-    """From now on a terminal that knows ASCII alone gets `?` for what it cannot show."""
+    """Makes an ASCII-only terminal show `?` for characters that it does not have."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

@@ -14,7 +14,7 @@ PACKAGES = ("twister_jax", "jax", "jaxlib", "flax", "optax", "numpy", "ale-py")
 
 
 def versions() -> dict[str, str]:
-    """Of everything that a score may depend on."""
+    """Versions of everything that a score may depend on."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -41,7 +41,7 @@ def commit() -> str | None:
 
 
 def different_numerics(before: Any, precision: str) -> str:
-    """What of `before`, from `numerics`, is otherwise now; empty where nothing is."""
+    """Which entries of `before`, from `numerics`, have changed; empty if none has."""
     now, before = numerics(precision), before if isinstance(before, dict) else {}
     changed = {name: value for name, value in now.items() if value != before.get(name)}
     was = {name: printable(str(before.get(name)), 40) for name in changed}

@@ -42,7 +42,7 @@ class DivergedError(UserError):
 
 
 LOSS_SHARE = 0.01
-"""A kill costs at most `train.checkpoint_minutes`, or this share of the run's time so far if that is more."""
+"""A kill loses at most `train.checkpoint_minutes` of work, or this share of the run's time if more."""
 
 
 class Run:
@@ -357,7 +357,7 @@ class Run:
         return Snapshot(self.state, self.replay, self.env.get_state(), host)
 
     def note(self, text: str) -> None:
-        """Says something now that every later result repeats."""
+        """Prints a note and keeps it, so that every later result repeats it."""
         self.progress.say(text)
         self.counters.notes.append(text)
 

@@ -72,7 +72,7 @@ def start_or_resume(run: "Run") -> None:
 
 
 def _remark(run: "Run", replay: int) -> None:
-    """Says what a user may not expect of the devices; `replay` are its bytes on each."""
+    """Prints what may surprise a user about the devices; `replay` is its size on each, in bytes."""
     idle, used = jax.device_count() - run.devices.count, run.devices.count
     if idle and run.alone:
         run.progress.say(

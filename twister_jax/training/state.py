@@ -28,7 +28,7 @@ class RunState:
     agent: State
     carry: Carry
     observation: Observation
-    """What the environments showed last; the next action answers it."""
+    """The newest observations; the next action responds to them."""
     action: Float[Array, "env action"]
     """The newest action; `Counters.acted` says whether the environments have taken it."""
 

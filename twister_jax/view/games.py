@@ -170,7 +170,7 @@ class Games:
 
 
 class _Watcher:
-    """The critic's opinion of every step, for which the world model looks on."""
+    """The critic's value of every step, for which the world model observes the game."""
 
     def __init__(self, policy: Policy, count: int):
         dream, state, seed = policy.agent.dream, policy.state, policy.config.seed

@@ -12,7 +12,7 @@ from twister_jax.view.extras import require
 POINTS = 400
 """Most points of a curve: a page stays small, whatever the run's length."""
 MANY = 6
-"""Lines in a plot from which on not each has a colour and a name of its own."""
+"""From this many lines in a plot, not every line has a colour and a name of its own."""
 SILENT = ("skipped", "longest")
 """Metrics that are shown only where they are not 0 throughout."""
 GROUPS = ("episode", "losses", "imagination", "entropy", "replay", "gradient_norm")

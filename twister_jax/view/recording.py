@@ -25,7 +25,7 @@ class _EnoughError(Exception):
 def record(
     policy: Policy, count: int, length: int, seed: int = 0, make_env: Any = envs.make_vector_env
 ) -> Transition:
-    """Windows [count, length, ...] of games that the policy plays by the evaluation's protocol.
+    """Records windows [count, length, ...] of games that the policy plays by the evaluation's protocol.
 
     They come from several environments and begin anywhere in a game.
 
