@@ -7,6 +7,11 @@ PRESET ?= auto
 SEED ?= 0
 SUITE ?= smoke
 
+# What is typed reaches the program through the environment, so that quotes, blanks and $ are just characters.
+TYPED := GAME AGENT PRESET SEED SEEDS DEVICES STEPS LOGDIR FILE SUITE GAMES
+$(foreach name,$(TYPED) ARGS,$(eval override $(name) := $$(value $(name))))
+export $(TYPED)
+
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -15,8 +20,6 @@ DRIVER := $(shell sed -n 's/.*Kernel Module[^.]*[^0-9.]\([0-9]*\)\..*/\1/p' /pro
 EXTRAS ?= $(if $(DRIVER),$(shell test $(DRIVER) -ge 580 && echo cuda || echo cuda12))
 # An environment suite that needs packages of its own has an extra of its name: dmc:walker_walk, gym:CartPole-v1.
 SUITE_EXTRA := $(filter dmc gym,$(firstword $(subst :, ,$(GAME))))
-# What is typed reaches the program through the environment, so that quotes and spaces are just characters.
-export GAME AGENT PRESET SEED SEEDS DEVICES STEPS LOGDIR FILE SUITE GAMES
 PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3.13 python3 python,\
 	$(shell $(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
 
@@ -48,8 +51,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 train: $(STAMP) $(SUITE_EXTRA:%=$(STAMP)-%) ## train, or go on with the run in LOGDIR
-	@$(BIN)/python -m twister_jax train --game "$$GAME" --agent "$$AGENT" --preset "$$PRESET" \
-		$${SEEDS:+--seeds "$$SEEDS"} $$(test -n "$$SEEDS" || echo --seed "$$SEED") $${DEVICES:+--parallel.data "$$DEVICES"} $${STEPS:+--train.steps "$$STEPS"} $${LOGDIR:+--logdir "$$LOGDIR"} $(ARGS)
+	@test -n "$$SEEDS" && set -- --seeds "$$SEEDS" || set -- --seed "$$SEED"; \
+	$(BIN)/python -m twister_jax train --game "$$GAME" --agent "$$AGENT" --preset "$$PRESET" "$$@" \
+		$${DEVICES:+--parallel.data "$$DEVICES"} $${STEPS:+--train.steps "$$STEPS"} $${LOGDIR:+--logdir "$$LOGDIR"} $(ARGS)
 
 evaluate: $(STAMP) ## full games with the newest checkpoint of LOGDIR
 	@$(BIN)/python -m twister_jax evaluate --logdir "$$LOGDIR" $(ARGS)
@@ -64,7 +68,8 @@ bench: $(STAMP) ## throughput and utilisation
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 suite: $(STAMP) $(addprefix $(STAMP)-,$(filter ray slurm,$(ARGS)) $(filter dmc,$(SUITE))) ## many games and seeds, SUITE=smoke; again, it goes on
-	@$(BIN)/python -m experiments run "$$SUITE" $${GAMES:+--games $$GAMES} $${SEEDS:+--seeds $$SEEDS} $(ARGS)
+	@set -f; set -- $${GAMES:+--games $$GAMES} $${SEEDS:+--seeds $$SEEDS}; set +f; \
+	$(BIN)/python -m experiments run "$$SUITE" "$$@" $(ARGS)
 
 test: $(STAMP)-dev ## all tests but the long ones, in two processes
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not faults and not slow and not learning' $(ARGS)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import runs, suite
-from twister_jax import files
+from twister_jax import files, foreign_json
 from twister_jax.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -110,7 +110,7 @@ def _is_finished(source: Path) -> bool:
     """Whether it has been evaluated after all its steps."""
     train = (runs.read_json(source / CONFIG) or {}).get("train")
     steps = train.get("steps", 0) if isinstance(train, dict) else 0
-    return files.is_number(steps) and runs.standing(source, steps).state == "finished"
+    return foreign_json.is_number(steps) and runs.standing(source, steps).state == "finished"
 
 
 def _copy(source: Path, copy: Path, place: str, weights: bool, thin: bool) -> None:

@@ -1,14 +1,13 @@
 """What a run directory says about its run, read in milliseconds and without JAX."""
 
 import dataclasses
-import json
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from twister_jax import files
+from twister_jax import files, foreign_json
 from twister_jax.training.rows import whole_rows
 
 RECORD = "job.json"
@@ -24,8 +23,8 @@ State = Literal["waiting", "running", "interrupted", "failed", "finished"]
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object; None where there is none, or only half of one."""
     try:
-        found = json.loads(files.read(path, _MOST_BYTES))
-    except (OSError, ValueError, RecursionError):
+        found = foreign_json.parse(files.read(path, _MOST_BYTES))
+    except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
 
@@ -125,7 +124,7 @@ def standing(directory: Path, steps: int) -> Standing:
 
 
 def _number(values: dict[str, Any], name: str, default: Any) -> Any:
-    return values[name] if files.is_number(values.get(name)) else default
+    return values[name] if foreign_json.is_number(values.get(name)) else default
 
 
 def _printable(value: Any) -> str:

@@ -15,7 +15,8 @@ from experiments.statistics import Scores
 from twister_jax.config import TrainConfig
 from twister_jax.errors import UserError
 from twister_jax.fields import describe, did_you_mean
-from twister_jax.files import is_number, one_line
+from twister_jax.files import one_line
+from twister_jax.foreign_json import is_number
 
 PUBLISHED = Path(__file__).parent / "published.json"
 

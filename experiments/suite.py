@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from twister_jax import files, presets
+from twister_jax import files, foreign_json, presets
 from twister_jax.errors import UserError
 from twister_jax.fields import did_you_mean
 
@@ -258,7 +258,7 @@ def read_plan(directory: Path) -> Plan:
     """
     path = directory / PLAN
     try:
-        data = json.loads(files.read(path, _MOST_BYTES))
+        data = foreign_json.parse(files.read(path, _MOST_BYTES))
         limits = data.pop("score_range")
         runs = tuple(PlannedRun(**run) for run in data.pop("runs"))
         found = Plan(runs=runs, score_range=limits and (float(limits[0]), float(limits[1])), **data)
@@ -267,7 +267,7 @@ def read_plan(directory: Path) -> Plan:
         raise UserError(f"{directory} is not a suite's directory: it has no {PLAN}") from None
     except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise UserError(f"{path} cannot be read: {files.one_line(error)}") from None
-    except (RecursionError, OverflowError):
+    except OverflowError:
         raise UserError(f"{path} cannot be read: it is not one that this program wrote") from None
     linked: dict[Path, None] = {}
     for run in found.runs:  # it may come from a stranger

@@ -165,18 +165,36 @@ def test_an_unwritable_directory_is_refused(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+SETTINGS = json.dumps(make_config("twister", "debug").to_dict()).replace('"seed": 0', '"seed": %s')
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("{", "cannot be read"),
         ("[]", "not a configuration"),
         ('{"agent": "dqn", "preset": "paper", "game": "Pong"}', "one of twister, twm"),
+        ("[" * 100_000, "cannot be read"),
+        (b"\xff", "cannot be read"),
+        (" " * (2 << 20), "cannot be read"),
+        (SETTINGS % ("[" * 200 + "]" * 200), "nested too deeply"),
+        (SETTINGS % ("1" * 400), "seed = 111"),
     ],
+    ids=lambda x: str(x[:20]),
 )
 def test_evaluating_a_foreign_directory_is_refused(tmp_path, content, message, capsys):
-    (tmp_path / "config.json").write_text(content)
+    (tmp_path / "config.json").write_bytes(content.encode() if isinstance(content, str) else content)
     assert main(["evaluate", "--logdir", str(tmp_path)]) == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_a_pipe_in_place_of_the_configuration_is_not_waited_for(tmp_path, capsys):
+    os.mkfifo(tmp_path / "config.json")
+    for command in ("evaluate", "watch", "dream", "report", "export"):
+        assert main([command, "--logdir", str(tmp_path)]) == 2
+        assert "config.json is not a regular file: refused" in capsys.readouterr().err
 
 
 def test_evaluating_a_run_without_checkpoints_is_refused(tmp_path, capsys):
@@ -244,14 +262,19 @@ def test_the_compilation_cache_may_be_unwritable(tmp_path):
     assert (tmp_path / "run" / "evaluation.json").exists()
 
 
-def test_a_closed_or_full_output_ends_neither_help_nor_a_refusal():
-    parity = ["parity", "tests/fixtures/nothing.npz"]
-    for arguments in (["train", "--help"], ["--help"], ["trian"], parity):
-        command = [sys.executable, "-m", "twister_jax", *arguments]
-        for redirect in (">/dev/full 2>/dev/full", ">&- 2>&-", "| head -1"):
-            shell = f"{' '.join(command)} {redirect}"
-            done = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, cwd=ROOT)
-            assert "Traceback" not in done.stderr + done.stdout, shell
+CLOSED = [">/dev/full", ">&-", ">/dev/full 2>/dev/full", ">&- 2>&-", "| head -1"]
+
+
+@pytest.mark.parametrize(("arguments", "code"), [("--help", 0), ("train --help", 0), ("trian", 2)])
+def test_a_closed_or_full_output_ends_neither_help_nor_a_refusal(arguments, code):
+    """What is said on the stream that is left is no traceback, and the exit code is what it always is."""
+    for closed in CLOSED:
+        shell = f"{sys.executable} -m twister_jax {arguments} {closed}"
+        done = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == (0 if "|" in closed else code), (shell, done.stderr)
+        assert "Traceback" not in done.stderr + done.stdout, shell
+        if code == 2:
+            assert len(done.stderr.splitlines()) == ("2>" not in closed), (shell, done.stderr)
 
 
 def test_the_package_exports_what_it_lists():

@@ -1,5 +1,6 @@
 """How the house is kept: names stay in their rooms, files stay small, a third agent is one package."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -71,11 +72,19 @@ def test_the_cuda_build_follows_the_driver(tmp_path, version, extra):
 
 
 TYPED = ["two words", "O'Brien", 'a "b" c', "$(touch evil)", "`touch evil`", "; touch evil", "$HOME", "a\\b"]
+TYPED += ["$(shell touch evil)", "$$", "*", "--seed 1"]
+CALLS = [
+    ("train", ["GAME", "AGENT", "PRESET", "SEED", "DEVICES", "STEPS", "LOGDIR"]),
+    ("train", ["SEEDS"]),
+    ("evaluate", ["LOGDIR"]),
+    ("parity", ["FILE"]),
+    ("suite", ["SUITE"]),
+]
 
 
-@pytest.mark.parametrize("typed", TYPED)
-def test_what_is_typed_behind_make_is_only_text(tmp_path, typed):
-    """Variables reach the program as they are: nothing of them is run, or split at blanks."""
+@pytest.fixture
+def make(tmp_path):
+    """Runs make with a Python that prints what it is given, one argument a line."""
     shutil.copy(ROOT / "Makefile", tmp_path)
     binaries = tmp_path / ".venv" / "bin"
     binaries.mkdir(parents=True)
@@ -84,12 +93,32 @@ def test_what_is_typed_behind_make_is_only_text(tmp_path, typed):
     for name in ("pyproject.toml", "constraints.txt"):
         (tmp_path / name).touch()
     (tmp_path / ".venv" / ".installed").touch()
-    escaped = typed.replace("$", "$$")  # make's own way to write it
-    for target, name in [("train", "GAME"), ("train", "LOGDIR"), ("train", "SEEDS"), ("evaluate", "LOGDIR"),
-                         ("parity", "FILE"), ("suite", "SUITE")]:  # fmt: skip
-        done = subprocess.run(
-            ["make", "-s", target, f"{name}={escaped}"], cwd=tmp_path, capture_output=True, text=True
-        )
+
+    def run(*arguments):
+        done = subprocess.run(["make", "-s", *arguments], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert typed in done.stdout.splitlines(), (target, done.stdout)
-        assert not (tmp_path / "evil").exists()
+        assert not (tmp_path / "evil").exists(), arguments
+        return done.stdout.splitlines()
+
+    return run
+
+
+@pytest.mark.parametrize("typed", TYPED)
+def test_what_is_typed_behind_make_is_only_text(make, typed):
+    """Variables reach the program as they are: nothing of them is run, expanded, or split at blanks."""
+    for target, names in CALLS:
+        said = make(target, *(f"{name}={typed}" for name in names))
+        assert said.count(typed) == len(names), (target, said)
+
+
+@pytest.mark.parametrize("typed", TYPED)
+def test_lists_of_a_suite_are_split_at_blanks_alone(make, typed):
+    for name in ("GAMES", "SEEDS"):
+        said = make("suite", f"{name}={typed}")
+        assert said[said.index(f"--{name.lower()}") + 1 :] == typed.split()
+
+
+def test_arguments_are_words_of_the_shell(make):
+    assert make("train", """ARGS=--a 'b c' "$HOME/x" """)[-3:] == ["--a", "b c", f"{os.environ['HOME']}/x"]
+    assert make("train", "SEEDS=0,1")[-2:] == ["--seeds", "0,1"]
+    assert make("train")[-2:] == ["--seed", "0"]

@@ -375,11 +375,6 @@ def read_archive(path: Path, most: int = 1 << 32) -> dict[str, np.ndarray]:
             raise UnusableError(one_line(error)) from None
 
 
-def is_number(value: Any, *kinds: type) -> bool:
-    """Whether what a file says is an int or float (or of `kinds`) below 10^15, so that nothing overflows."""
-    return type(value) in (kinds or (int, float)) and abs(value) < 1e15
-
-
 def printable(text: str, most: int = 200) -> str:
     """Text from a file, for messages: of bearable length, and escaped where it would move the cursor."""
     shown = (each if each.isprintable() else each.encode("unicode_escape").decode() for each in text[:most])

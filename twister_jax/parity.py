@@ -1,6 +1,5 @@
 """`python -m twister_jax parity FILE.npz`: recomputes a fixture and prints one line per quantity."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from twister_jax import agents, files
+from twister_jax import agents, files, foreign_json
 from twister_jax.agents.fixtures import BROKEN, Fixture, Row
 from twister_jax.errors import UserError
 from twister_jax.files import UnusableError, one_line
@@ -30,8 +29,8 @@ def load(path: Path) -> tuple[dict[str, Any], Fixture]:
     if "config_json" not in fixture:
         raise UserError(f"{path} is no parity fixture: it has no 'config_json'")
     try:
-        sizes = json.loads(str(fixture.pop("config_json")))
-    except (ValueError, RecursionError) as error:
+        sizes = foreign_json.parse(str(fixture.pop("config_json")))
+    except ValueError as error:
         raise UserError(f"{path} is no parity fixture: its 'config_json' is not JSON ({error})") from None
     if not isinstance(sizes, dict):
         raise UserError(f"{path} is no parity fixture: its 'config_json' is not an object")

@@ -4,13 +4,12 @@ Nothing here imports JAX, so that the command line answers at once.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from twister_jax import agents, envs, fields, files
+from twister_jax import agents, envs, fields, files, foreign_json
 from twister_jax.config import Config, EvaluationConfig, ParallelConfig, Precision, ReplayConfig, TrainConfig
 from twister_jax.errors import UserError
 from twister_jax.fields import did_you_mean, show
@@ -121,12 +120,12 @@ def read_config(directory: Path) -> Config:
     """
     path = Path(directory) / "config.json"
     try:
-        data = json.loads(files.read(path, 1 << 20).decode())
+        data = foreign_json.parse(files.read(path, 1 << 20).decode())
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{directory} is not a run directory: it has no config.json") from None
     except UnsafePathError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {files.one_line(error)}") from None
     return from_dict(data, str(path))
 

@@ -17,7 +17,7 @@ from typing import Any
 from experiments import suite
 from experiments.job import ROOT, Job, run_job
 from experiments.launchers import Options
-from twister_jax import files
+from twister_jax import files, foreign_json
 from twister_jax.errors import UserError
 from twister_jax.training.progress import say
 from twister_jax.training.signals import Signals
@@ -104,7 +104,7 @@ def run_member(array: Path, index: int) -> int:
       UserError: the array has no such job.
     """
     try:
-        data = json.loads(files.read(array, 1 << 26))
+        data = foreign_json.parse(files.read(array, 1 << 26))
         directory, attempts, members = Path(data["directory"]), int(data["attempts"]), data["jobs"]
         wanted = list(members[index]) if 0 <= index < len(members) else []
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -191,7 +191,16 @@ def test_a_foreign_state_is_refused_with_its_difference(monkeypatch):
     refuse("ale_py='0")
 
 
-@pytest.mark.parametrize("state", [b"", b"junk", b"\xff\xfe", b"[]", b"{}", b'{"header": 3}'])
+DEEP = b"[" * 500 + b"]" * 500
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        *(b"", b"junk", b"\xff\xfe", b"[]", b"{}", b'{"header": 3}', b"[" * 100_000),
+        *(b'{"header": 3, "health": [], "envs": []}', b'{"header": {}, "health": [], "envs": %s}' % DEEP),
+    ],
+)
 def test_what_is_no_state_is_refused(state):
     with pytest.raises(ValueError, match="not a saved environment state"):
         make_vector_env("Catch", None, 1, 0).set_state(state)

@@ -1,8 +1,10 @@
 """2. Failing to print never ends or harms a run."""
 
 import os
+import pty
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -26,3 +28,22 @@ def test_a_terminal_that_knows_ascii_alone_is_written_to(tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"? {tmp_path / 'run'}" in done.stdout.decode("ascii")
     assert b"Traceback" not in done.stderr
+
+
+def test_a_terminal_that_is_closed_does_not_end_a_run(tmp_path):
+    """It goes while the status line rewrites itself; whoever ignores SIGHUP (`nohup`, `tmux`) is not told."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "tests.third", "train", "--agent", "minimal", "--game", "Catch"]
+    command += ["--preset", "debug", "--steps", "150", "--logdir", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    )
+    os.close(theirs)
+    seen = bytearray()
+    end = time.monotonic() + 120
+    while b"updates" not in seen and time.monotonic() < end:
+        seen += os.read(ours, 1 << 16)
+    os.close(ours)
+    assert process.wait(120) == 0
+    assert b"\x1b[2K" in seen  # a line is cleared: it was the status line of a terminal
+    assert (tmp_path / "run" / "evaluation.json").exists()

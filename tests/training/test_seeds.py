@@ -17,6 +17,8 @@ from twister_jax.envs import make_vector_env
 from twister_jax.errors import UserError
 from twister_jax.presets import make_config
 from twister_jax.training.checkpoint import Checkpointer
+from twister_jax.training.group import Group
+from twister_jax.training.load import load_run
 from twister_jax.training.train import train, train_seeds
 
 STEPS = 60
@@ -75,6 +77,24 @@ def test_a_group_is_killed_and_goes_on_as_one(tmp_path, alone):
     before = (tmp_path / "seed0" / "metrics.jsonl").stat().st_mtime_ns
     assert train_seeds(configs(tmp_path)) == 0  # nothing is left to do
     assert (tmp_path / "seed0" / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_signal_is_answered_between_two_updates_of_all(tmp_path, monkeypatch):
+    """However many are due: here 20 after each step, of which a signal comes with the seventh."""
+    update, count = Group._update, 0
+
+    def counted(self, kind, *args):
+        nonlocal count
+        update(self, kind, *args)
+        count += kind == "update"
+        if count == 47 and kind == "update":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Group, "_update", counted)
+    assert train_seeds(configs(tmp_path, **{"train.updates_per_step": 20.0})) == 143
+    for seed in ("seed0", "seed1"):
+        counters = load_run(tmp_path / seed).counters
+        assert (counters.updates, counters.acted) == (47, True)
 
 
 def test_a_seed_that_fails_stops_alone(tmp_path, alone, capsys):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from twister_jax import foreign_json
 from twister_jax.envs.base import Env, EnvSpec, EnvStep, Screen, Step
 
 log = logging.getLogger(__name__)
@@ -125,11 +126,12 @@ class SerialVectorEnv:
           ValueError: the bytes are no saved state, or of environments that differ from these.
         """
         try:
-            loaded = json.loads(state)
+            loaded = foreign_json.parse(state)
             header, health, envs = loaded["header"], loaded["health"], loaded["envs"]
-        except (ValueError, KeyError, TypeError) as error:
+            names = sorted(header.keys() | self._header.keys())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a saved environment state: {error!r}") from error
-        for name in sorted(header.keys() | self._header.keys()):
+        for name in names:
             theirs, ours = header.get(name), self._header.get(name)
             if theirs != ours:
                 raise ValueError(

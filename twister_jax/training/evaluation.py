@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from twister_jax import envs, files
+from twister_jax import envs, files, foreign_json
 from twister_jax.agents.base import Agent, State
 from twister_jax.config import Config
 from twister_jax.envs.base import EnvStep, Episode, VectorEnv
@@ -212,11 +212,11 @@ def _settings(config: Config) -> dict[str, Any]:
 def is_current(path: Path, config: Config, trained: Mapping[str, int]) -> bool:
     """Whether evaluation.json is of this run as it stands, under these settings."""
     try:
-        found = json.loads(files.read(path, 1 << 24))
+        found = foreign_json.parse(files.read(path, 1 << 24))
         return all(found[name] == value for name, value in trained.items()) and found["protocol"][
             "settings"
         ] == _settings(config)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 

@@ -21,14 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from twister_jax import files
+from twister_jax import files, foreign_json
 from twister_jax.envs.base import Episode, VectorEnv
 from twister_jax.errors import UserError
 from twister_jax.training.lock import LostError
 from twister_jax.training.state import tree_bytes
 
 _MOST_BYTES = 1 << 32
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError)
 
 
 @dataclasses.dataclass
@@ -134,7 +134,7 @@ class KeptGames:
 
     def _load(self) -> tuple[Any, bytes]:
         header, _, data = files.read(self.path, _MOST_BYTES).partition(b"\n")
-        return json.loads(header), data
+        return foreign_json.parse(header), data
 
     def _read(self, games: list[int], like: Any) -> Standing | None:
         try:

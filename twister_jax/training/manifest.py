@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from twister_jax import files
+from twister_jax import files, foreign_json
 from twister_jax.errors import UserError
 from twister_jax.files import Checksum, UnusableError
 from twister_jax.replay import segments
@@ -107,7 +107,7 @@ def read(path: Path) -> Manifest:
     files.check_directory(path)
     try:
         text = files.read(path / "manifest.json", _MOST_BYTES).decode()
-        whole = json.loads(text)
+        whole = foreign_json.parse(text)
         content, version = whole["content"], whole["format"]
         if version != FORMAT and type(version) is int and _crc32(version, content) == whole["crc32"]:
             age = "a newer" if version > FORMAT else "an older"
@@ -124,7 +124,7 @@ def read(path: Path) -> Manifest:
         raise UnusableError("it has no manifest.json") from None
     except _InvalidError as error:
         raise UnusableError(f"manifest.json is not valid: {error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UnusableError("manifest.json is damaged") from None
     if path.name.partition("-")[0] != f"{manifest.step:09d}":
         raise UnusableError(f"manifest.json is not valid: it belongs to step {manifest.step}")

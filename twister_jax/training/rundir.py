@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from twister_jax import files
+from twister_jax import files, foreign_json
 from twister_jax.errors import UserError
 from twister_jax.files import HeldDirectory, UnsafePathError
 from twister_jax.training.lock import Lock, LostError
@@ -134,7 +134,7 @@ class RunDirectory:
         """The values of config.json by dotted names; None where there is none."""
         path = self.path / "config.json"
         try:
-            stored = json.loads(files.read(path, _MOST_BYTES))
+            stored = foreign_json.parse(files.read(path, _MOST_BYTES))
             if not isinstance(stored, dict):
                 raise ValueError("no object")
             return dict(_flatten(stored))
@@ -148,7 +148,7 @@ class RunDirectory:
             return None
         except UnsafePathError:
             raise
-        except (OSError, ValueError, RecursionError):
+        except (OSError, ValueError):
             raise UserError(
                 f"{path} is not the configuration of a run: put back the right one, or name another LOGDIR"
             ) from None

@@ -1,11 +1,10 @@
 """`python -m twister_jax export`: a policy as one file."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
-from twister_jax import agents, files
+from twister_jax import agents, files, foreign_json
 from twister_jax.errors import UserError
 from twister_jax.training import evaluation
 from twister_jax.training.provenance import commit, versions
@@ -59,8 +58,8 @@ def _evaluation(policy: Policy) -> dict[str, Any] | None:
     if not policy.config.logdir:  # it comes from a file, which has it
         return policy.about.get("evaluation")
     try:
-        found = json.loads(files.read(Path(policy.config.logdir) / evaluation.FILE, 1 << 24))
+        found = foreign_json.parse(files.read(Path(policy.config.logdir) / evaluation.FILE, 1 << 24))
         same = all(found[name] == policy.about[name] for name in ("env_steps", "updates"))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if same else None

@@ -1,12 +1,11 @@
 """What a run directory says about its run, read for a report."""
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from twister_jax import agents, files, presets
+from twister_jax import agents, files, foreign_json, presets
 from twister_jax.config import Config
 from twister_jax.training.evaluation import FILE as EVALUATION
 from twister_jax.training.manifest import newest_host
@@ -54,7 +53,7 @@ class Record:
     def steps(self) -> int:
         """Steps taken: rows and checkpoints are not written at the same time."""
         saved = self.counters.get("env_steps")
-        return max(self.newest.get("env_steps", 0), saved if files.is_number(saved, int) else 0)
+        return max(self.newest.get("env_steps", 0), saved if foreign_json.is_number(saved, int) else 0)
 
     @property
     def notes(self) -> list[str]:
@@ -72,9 +71,9 @@ def read(directory: Path) -> Record:
     config = presets.read_config(directory)
     rows = list(_rows(directory / "metrics.jsonl"))
     try:
-        found = json.loads(files.read(directory / EVALUATION, _MOST_BYTES))
+        found = foreign_json.parse(files.read(directory / EVALUATION, _MOST_BYTES))
         evaluation = found if _is_evaluation(found) else None
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         evaluation = None
     return Record(directory, config, rows, evaluation, newest_host(directory / "checkpoints"))
 
@@ -86,14 +85,14 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
     except OSError:
         return
     for row in whole_rows(lines):
-        yield {name: value for name, value in row.items() if value is None or files.is_number(value)}
+        yield {name: value for name, value in row.items() if value is None or foreign_json.is_number(value)}
 
 
 def _is_evaluation(found: Any) -> bool:
     """Whether everything that is shown of it is there, and of its type: it may come from a stranger."""
     return (
         isinstance(found, dict)
-        and all(files.is_number(found.get(name)) for name in ("mean", "median", "std", "episodes"))
-        and (found.get("human_normalized") is None or files.is_number(found["human_normalized"]))
+        and all(foreign_json.is_number(found.get(name)) for name in ("mean", "median", "std", "episodes"))
+        and (found.get("human_normalized") is None or foreign_json.is_number(found["human_normalized"]))
         and isinstance(found.get("protocol", {}), dict)
     )

@@ -14,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from twister_jax import foreign_json
 from twister_jax.files import printable
 
 _DTYPES = {
@@ -67,13 +68,13 @@ def parse(data: bytes | mmap.mmap) -> tuple[dict[str, np.ndarray], dict[str, Any
             f"its header has {start - _LENGTH:,} bytes, and {_MOST_HEADER - _LENGTH:,} are the most"
         )
     try:
-        header = json.loads(data[_LENGTH:start].decode(), object_pairs_hook=_object)
+        header = foreign_json.parse(data[_LENGTH:start].decode(), _object)
         metadata = dict(header.pop(_METADATA, {}))
         entries = [
             (*_whole(entry["data_offsets"], 2), name, str(entry["dtype"]), _whole(entry["shape"]))
             for name, entry in header.items()
         ]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError("its header cannot be read") from None
     arrays, expected = {}, 0
     for begin, end, name, kind, shape in sorted(entries):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from twister_jax import files, presets
+from twister_jax import files, foreign_json, presets
 from twister_jax.agents.base import State, acting_part
 from twister_jax.config import Config
 from twister_jax.envs.base import EnvSpec
@@ -67,9 +67,9 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
     if KEY not in metadata:
         return arrays, None
     try:
-        about = json.loads(metadata[KEY])
+        about = foreign_json.parse(metadata[KEY])
         found = about["format"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} does not say what it holds: it is damaged") from None
     if found != FORMAT:
         shown = printable(str(found))
