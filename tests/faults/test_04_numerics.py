@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -42,6 +44,8 @@ def test_all_that_decides_the_numbers_is_recorded_and_compared(monkeypatch):
     assert now["generator"] == "threefry2x32"
     assert (now["device"], now["devices"], now["threads"]) == (jax.devices()[0].device_kind, 1, CORES)
     assert (now["precision"], now["jax"]) == ("float32", jax.__version__)
+    kept = {"device", "devices", "processor", "threads", "precision", "generator", "settings", "xla_flags"}
+    assert now.keys() == kept | {"jax", "jaxlib"}
     for name in now:
         monkeypatch.setattr(provenance, "numerics", another(name))
         assert provenance.different_numerics(now, "float32") == f"{name} another (was {str(now[name])[:40]})"
@@ -50,14 +54,49 @@ def test_all_that_decides_the_numbers_is_recorded_and_compared(monkeypatch):
     assert provenance.different_numerics(None, "float32")
 
 
-def test_another_generator_is_another(monkeypatch):
-    """As `JAX_DEFAULT_PRNG_IMPL` sets it."""
-    before = provenance.numerics("float32")
-    jax.config.update("jax_default_prng_impl", "rbg")
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("jax_default_prng_impl", "rbg", "generator rbg (was threefry2x32)"),
+        ("jax_threefry_partitionable", False, "settings jax_threefry_partitionable=False (was )"),
+        ("jax_random_seed_offset", 7, "settings jax_random_seed_offset=7 (was )"),
+        ("jax_default_matmul_precision", "highest", "settings jax_default_matmul_precision=highest (was )"),
+        ("jax_numpy_dtype_promotion", "strict", "settings jax_numpy_dtype_promotion=strict (was )"),
+        ("jax_disable_most_optimizations", True, "settings jax_disable_most_optimizations=True (was )"),
+    ],
+)
+def test_settings_of_jax_that_change_numbers_are_recorded(name, value, said):
+    """As environment variables such as `JAX_DEFAULT_PRNG_IMPL` set them."""
+    before, usual = provenance.numerics("float32"), jax.config.values[name]
+    jax.config.update(name, value)
     try:
-        assert provenance.different_numerics(before, "float32") == "generator rbg (was threefry2x32)"
+        assert provenance.different_numerics(before, "float32") == said
     finally:
-        jax.config.update("jax_default_prng_impl", "threefry2x32")
+        jax.config.update(name, usual)
+    assert not provenance.different_numerics(before, "float32")
+
+
+def test_threads_are_those_that_compute():
+    """XLA obeys variables that most people do not know."""
+    code = """
+import os, jax
+from twister_jax.training.provenance import numerics
+x = jax.numpy.ones((600, 600))
+(x @ x).block_until_ready()
+names = [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")]
+print(sum(name.endswith("XLAEigen") for name in names), numerics("float32")["threads"])
+"""
+    for variables in ({}, {"NPROC": "5"}, {"NPROC": "5", "PJRT_NPROC": "3"}):
+        done = subprocess.run([sys.executable, "-c", code], env=os.environ | variables, capture_output=True)
+        computing, recorded = done.stdout.split()
+        assert computing == recorded
+        assert int(recorded) == int(variables.get("PJRT_NPROC", variables.get("NPROC", CORES)))
+
+
+def test_what_an_older_version_did_not_record_is_no_difference():
+    now = provenance.numerics("float32")
+    before = {name: value for name, value in now.items() if name != "settings"}
+    assert not provenance.different_numerics(before, "float32")
 
 
 @pytest.mark.parametrize("was", ["\x1b[2J\n", ["a" * 10_000], 10**400])
