@@ -179,6 +179,10 @@ SETTINGS = json.dumps(make_config("twister", "debug").to_dict()).replace('"seed"
         (" " * (2 << 20), "cannot be read"),
         (SETTINGS % ("[" * 200 + "]" * 200), "nested too deeply"),
         (SETTINGS % ("1" * 400), "seed = 111"),
+        (
+            (SETTINGS % 0).replace('"updates_per_step": 0.5', f'"updates_per_step": {10**400}'),
+            "too large a number",
+        ),
     ],
     ids=lambda x: str(x[:20]),
 )

@@ -59,6 +59,19 @@ def test_only_regular_files_are_opened_and_nothing_hangs(tmp_path, flags):
         files.open_regular(tmp_path, "rb", flags)
 
 
+def test_a_directory_that_becomes_a_link_is_not_held(tmp_path, monkeypatch):
+    """Between the look at it and the opening, too."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with refused(tmp_path / "link", "a symbolic link"):
+        files.HeldDirectory(tmp_path / "link")
+    monkeypatch.setattr(Path, "is_symlink", lambda self: False)
+    with pytest.raises(NotADirectoryError):
+        files.HeldDirectory(tmp_path / "link")
+    with files.HeldDirectory(tmp_path / "link", follow=True) as held:
+        assert held.is_same(files.HeldDirectory(tmp_path / "real"))
+
+
 def test_a_file_of_two_names_is_read_but_not_written(tmp_path, canary):
     os.link(canary, tmp_path / "second")
     assert files.read(tmp_path / "second", 6) == b"canary"

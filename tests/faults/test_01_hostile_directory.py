@@ -139,7 +139,7 @@ KINDS = {
 
 
 TRAIN = "train --agent minimal --game Catch --preset debug --precision float32 --env.num-envs 2"
-TRAIN += " --checkpoint-every 4 --keep-checkpoints 1 --steps 130"
+TRAIN += " --checkpoint-every 4 --keep-checkpoints 1 --report-every 3 --steps 130"
 COMMANDS = [
     ["evaluate --episodes 2", TRAIN],
     pytest.param(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from twister_jax.errors import UserError
-from twister_jax.files import Checksum, UnusableError
+from twister_jax.files import Checksum, UnsafePathError, UnusableError
 from twister_jax.replay import segments, store
 from twister_jax.replay.segments import Layout, Segment
 
@@ -180,3 +180,11 @@ def test_only_names_of_ours_are_on_disk(tmp_path):
     for name in (ours, "mine.npy", f"x{ours}", f"{ours}x", "000000000-000000005-0123ABCD.npy", ".npy"):
         (tmp_path / name).write_text("")
     assert segments.on_disk(tmp_path) == {ours}
+
+
+def test_segments_are_not_looked_for_behind_a_link(tmp_path):
+    """Those that no checkpoint needs are deleted."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "replay").symlink_to(tmp_path / "home")
+    with pytest.raises(UnsafePathError, match="is a symbolic link: refused"):
+        segments.on_disk(tmp_path / "replay")

@@ -754,6 +754,7 @@ FORGERIES = {
     "more steps than stored": lambda c: c["replay"].update(inserted=9),
     "steps beyond 32 bits": lambda c: c["replay"].update(inserted=2**40),
     "negative capacity": lambda c: c["replay"].update(capacity=-8),
+    "capacity beyond 32 bits": lambda c: c["replay"].update(capacity=2**31),
     "capacity 0": lambda c: c["replay"].update(capacity=0),
     "image of two axes": lambda c: c["replay"].update(image_shape=[4, 4]),
     "image is text": lambda c: c["replay"].update(image_shape="443"),

@@ -466,6 +466,18 @@ def test_tensorboard_that_cannot_be_written_is_given_up(tmp_path, capsys):
     assert "TensorBoard events could not be written" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["pretraining", "pictures"])
+def test_nothing_is_written_through_a_linked_folder(tmp_path, capsys, name):
+    for folder in ("run", "home"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "home")
+    log = Log(tmp_path / "run", Progress(), tensorboard=True)
+    log.plot_pretraining(1, {"a": 1.0})
+    log.pictures(1, {"frame": np.zeros((4, 4, 3), np.uint8)})
+    assert f"{tmp_path / 'run' / name} is a symbolic link: refused" in capsys.readouterr().out
+    assert not list((tmp_path / "home").iterdir())
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(7980, "2h13m"), (245, "4m05s"), (11.6, "12s"), (-1, "0s")])
 def test_durations(seconds, text):
     assert duration(seconds) == text

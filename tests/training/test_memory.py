@@ -3,9 +3,16 @@ from types import SimpleNamespace
 import jax
 import pytest
 
+from tests.runs import config_of
+from twister_jax.agents import make_agent
+from twister_jax.envs import make_vector_env
 from twister_jax.errors import UserError
+from twister_jax.presets import make_config
 from twister_jax.training import memory
 from twister_jax.training.memory import check_memory
+from twister_jax.training.progress import Progress
+from twister_jax.training.run import Run
+from twister_jax.training.signals import Signals
 
 
 def refused(*words):
@@ -88,3 +95,21 @@ def test_the_process_itself_and_compiling_count(free, said, monkeypatch):
     assert len(lines) == (free < 2.8)
     with refused("2.00 GB needed", "replay 1.00, agent 1.00"):
         start(device(10**9, 0))
+
+
+@pytest.mark.parametrize("agent", ["twister", "twm"])
+def test_preset_cpu_is_refused_with_a_quarter_of_a_gigabyte(tmp_path, agent, monkeypatch):
+    monkeypatch.setattr(memory, "host_available", lambda: 250_000_000)
+    config = make_config(agent, "cpu", "Catch", logdir=str(tmp_path), precision="float32")
+    with refused("not enough memory", "GB needed", "the process itself 0.50", "0.25 GB available"):
+        Run(config, make_agent, make_vector_env, Progress(), Signals())
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_updates_take_for_themselves_is_asked_for_before_the_first(tmp_path, monkeypatch):
+    run = Run(config_of(tmp_path), make_agent, make_vector_env, Progress(), Signals())
+    monkeypatch.setattr(memory, "host_available", lambda: 10)
+    with refused("not enough memory", "running"):
+        run.program("act")
+    run.finish_saving()
+    run.env.close()
