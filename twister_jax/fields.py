@@ -224,16 +224,14 @@ def out_of_range(settings: Any) -> Iterator[str]:
             yield f"{name} = {show(value)}: must be {limits}"
 
 
-def show(value: Any, levels: int = 3) -> str:
-    """A value as people write it, shortened: it may come from a file, and be long or nested deeply."""
+def show(value: Any) -> str:
+    """A value as people write it."""
     if isinstance(value, float):
         return f"{value:g}"
-    if isinstance(value, dict) or (isinstance(value, tuple | list) and not levels):
-        return "…"
     if isinstance(value, tuple | list):
-        shown = [show(each, levels - 1) for each in value[:MOST_PARTS]]
-        return "(" + ", ".join([*shown, "…"] if len(value) > MOST_PARTS else shown) + ")"
-    text = repr(value) if isinstance(value, str) and not value.isidentifier() else str(value)
+        text = "(" + ", ".join(map(show, value)) + ")"
+    else:
+        text = repr(value) if isinstance(value, str) and not value.isidentifier() else str(value)
     return text if len(text) <= 80 else text[:79] + "…"
 
 

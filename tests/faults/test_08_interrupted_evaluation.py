@@ -1,11 +1,13 @@
 """8. A signal during the final evaluation costs no game: the same command goes on exactly where it was."""
 
+import contextlib
 import json
 import os
 import signal
 from functools import partial
 
 import jax
+import numpy as np
 import pytest
 
 from tests.faults.test_06_another_directory import env_that
@@ -80,6 +82,34 @@ def test_the_games_of_sampled_policies_are_the_same_ones(tmp_path, game):
     for record in (expected, again):
         del record["protocol"]["commit"]
     assert again == expected
+
+
+def test_what_acting_remembers_is_kept(tmp_path):
+    """Every action is the one of an undisturbed evaluation, not only the scores."""
+    config = config_of(tmp_path, **{"evaluation.sample_actions": True})
+    env = make_vector_env(config.game, config.env, 2, 0)
+    agent = make_agent(config, env.spec)
+    state = jax.jit(agent.init)(key_for(0, Purpose.INIT))
+
+    def played(stop=None):
+        actions, signals = [], Signals()
+
+        def see(action, step):
+            if action is not None:
+                actions.append(action)
+            if len(actions) == stop:
+                signals.received = signal.SIGTERM
+
+        kept = KeptGames(tmp_path, "this one", 1e9, print, lambda: None)
+        env = make_vector_env(config.game, config.env, 2, 0)
+        with contextlib.suppress(Interrupted):
+            evaluation.play(agent, state, env, [3, 2], 0, signals=signals, on_step=see, kept=kept)
+        return actions
+
+    whole = played()
+    parts = [*played(5), *played(9), *played()]
+    np.testing.assert_array_equal(parts, whole)
+    assert len(np.unique(np.argmax(whole, -1))) > 1
 
 
 @pytest.mark.parametrize("change", ["settings", "damage", "header", "empty", "link"])
