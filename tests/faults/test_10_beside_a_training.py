@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from tests.runs import config_of, final_state
+from tests.training.test_checkpoint import Run, state_like
 from twister_jax import files
 from twister_jax.errors import UserError
-from twister_jax.training import checkpoint
+from twister_jax.training import checkpoint, state_files
 from twister_jax.training.checkpoint import Checkpointer
 from twister_jax.training.load import load_run
 from twister_jax.training.train import train
@@ -34,6 +35,28 @@ def test_a_run_is_read_while_it_replaces_its_checkpoints(tmp_path):
     assert codes == [0]
     assert len(set(seen)) > 3
     assert seen == sorted(seen)
+
+
+@pytest.mark.parametrize("times", [10, 10_000])
+def test_a_checkpoint_that_vanishes_is_no_damage_however_often(tmp_path, monkeypatch, caplog, times):
+    """Each is replaced while it is read: by and by the newest is got, or asked for once more."""
+    run, read, left = Run(tmp_path / "c", keep=1), state_files.read, times
+    run.save()
+
+    def overtaken(path, like):
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            os.rename(path.parent, path.parent.with_name(f"000000003-{times - left}"))
+        return read(path, like)
+
+    monkeypatch.setattr(state_files, "read", overtaken)
+    if times == 10:
+        assert run.checkpointer.load_state(state_like)[1]["env_steps"] == 3
+    else:
+        with pytest.raises(UserError, match=r"cannot be read now .* does not say that it is damaged"):
+            run.checkpointer.load_state(state_like)
+    assert not caplog.records
 
 
 @pytest.fixture

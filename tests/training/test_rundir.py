@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from twister_jax.errors import UserError
-from twister_jax.training.rundir import RunDirectory
+from twister_jax.training.rundir import RunDirectory, check_same_run
 
 CONFIG = {
     "game": "Pong",
@@ -264,6 +264,14 @@ def test_the_directory_itself_may_be_a_link(tmp_path):
     with RunDirectory(tmp_path / "run") as run:
         take(run, CONFIG, CHANGEABLE)
     assert json.loads((tmp_path / "disk" / "config.json").read_text()) == CONFIG
+
+
+@pytest.mark.parametrize("stored", [{}, [], "run", 5, {"train": {}}])
+def test_a_checkpoint_that_does_not_say_its_run_is_damaged(tmp_path, stored):
+    check_same_run(tmp_path, CONFIG, CONFIG, ())
+    check_same_run(tmp_path, None, CONFIG, ())  # of a version that recorded none
+    with refused("does not say what run it is of: it is damaged"):
+        check_same_run(tmp_path, stored, CONFIG, ())
 
 
 def test_names_in_a_stored_config_stay_on_one_line(tmp_path):

@@ -40,6 +40,7 @@ from twister_jax.training.checkpoint_directory import CheckpointDirectory
 from twister_jax.training.save import Save, Snapshot
 
 _PAUSES = (0.1, 0.5, 2.0)  # seconds, before something is read again
+_MOST_REPLACED = 100  # checkpoints that vanish, one after the other, while they are read
 
 _log = logging.getLogger(__name__)
 
@@ -222,7 +223,8 @@ class Checkpointer(CheckpointDirectory):
         Raises:
           UserError: there is no such checkpoint, it is not usable, or it belongs to another model.
         """
-        for pause in (*_PAUSES, None):
+        pauses, replaced = list(_PAUSES), 0
+        while True:
             unusable: dict[Path, Exception] = {}
             there: list[int] = []
             for path in reversed(self.checkpoints()):
@@ -236,8 +238,11 @@ class Checkpointer(CheckpointDirectory):
                     state_files.compare(path, manifest.state, like)
                     state = state_files.read(path / "state", like)
                 except (UnusableError, OSError) as error:
-                    if pause is not None and (files.may_pass(error) or not path.exists()):
-                        time.sleep(pause)
+                    if not path.exists() and replaced < _MOST_REPLACED:
+                        replaced += 1  # a newer one is there already
+                        break
+                    if files.may_pass(error) and pauses:
+                        time.sleep(pauses.pop(0))
                         break
                     unusable[path] = error
                     continue
@@ -246,7 +251,7 @@ class Checkpointer(CheckpointDirectory):
             else:
                 break
         for path, reason in unusable.items():
-            if files.may_pass(reason):
+            if files.may_pass(reason) or not path.exists():
                 raise _not_now(path, reason)
         _warn_of(unusable)
         if not there or step is None:
