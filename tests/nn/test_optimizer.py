@@ -8,8 +8,10 @@ import optax
 import pytest
 
 from twister_jax.config import OptimizerConfig
-from twister_jax.nn.optimizer import apply_gradients, init, largest_step
+from twister_jax.nn.optimizer import SMALL, apply_gradients, init, largest_step
 from twister_jax.runtime import tracing_for
+
+LARGE = (SMALL // 64 + 1, 64)
 
 
 def step(config, params, gradients, sound=True):
@@ -18,7 +20,15 @@ def step(config, params, gradients, sound=True):
 
 
 def tree(seed, scale=1.0):
-    shapes = {"scalar": (), "bias": (5,), "norm": {"scale": (3,)}, "kernel": (5, 3), "stack": (2, 4, 3)}
+    """Small arrays, which are joined, with a large one among them."""
+    shapes = {
+        "bias": (5,),
+        "kernel": (5, 3),
+        "large": LARGE,
+        "norm": {"scale": (3,)},
+        "scalar": (),
+        "z": (2, 4, 3),
+    }
     draw = np.random.default_rng(seed).normal
     leaves, structure = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
     return structure.unflatten([jnp.asarray(scale * draw(size=shape), jnp.float32) for shape in leaves])
@@ -34,7 +44,7 @@ def numbers(tree):
     return np.sort(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]))
 
 
-@pytest.mark.parametrize("gradients", [tree(0), {"kernel": jnp.ones((2, 3))}, {"bias": jnp.arange(4.0)}])
+@pytest.mark.parametrize("gradients", [tree(0), {"large": jnp.ones(LARGE)}, {"kernel": jnp.ones((2, 3))}])
 def test_the_norm_is_that_of_all_leaves(gradients):
     _, _, norm, _ = step(OptimizerConfig(0.1, 0.1, 2.0), gradients, gradients)
     np.testing.assert_allclose(norm, optax.tree.norm(gradients), rtol=1e-6)

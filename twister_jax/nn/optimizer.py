@@ -13,6 +13,9 @@ from twister_jax.config import OptimizerConfig
 from twister_jax.nn.kernels import as_stored
 from twister_jax.nn.networks import Params
 
+SMALL = 4096
+"""Most numbers of an array that an optimiser joins with others. The larger ones are not worth copying."""
+
 
 @struct.dataclass
 class OptimizerState:
@@ -43,21 +46,24 @@ def init(config: OptimizerConfig, params: Params) -> OptimizerState:
     return OptimizerState(adam(config).init(arrays), bound)
 
 
+def _is_small(leaf: Array) -> bool:
+    return leaf.ndim <= 1 or leaf.size <= SMALL
+
+
 def _few_arrays(tree: Params) -> list[Array]:
-    """All numbers of a tree, with vectors, which are many and short, in one array: one operation for them."""
+    """All numbers of a tree, with small arrays, which are many, joined in one: one operation for them."""
     leaves = jax.tree.leaves(tree)
-    vectors = [leaf for leaf in leaves if leaf.ndim <= 1]  # scalars too
-    joined = [jnp.concatenate([vector.reshape(-1) for vector in vectors])] if vectors else []
-    return [*joined, *(leaf for leaf in leaves if leaf.ndim > 1)]
+    small = [leaf.reshape(-1) for leaf in leaves if _is_small(leaf)]
+    return [*([jnp.concatenate(small)] if small else []), *(leaf for leaf in leaves if not _is_small(leaf))]
 
 
 def _as_tree(arrays: list[Array], like: Params) -> Params:
     """The tree of `_few_arrays(like)`, from new arrays."""
     leaves = jax.tree.leaves(like)
-    ends = list(itertools.accumulate(leaf.size for leaf in leaves if leaf.ndim <= 1))
-    parts = iter(jnp.split(arrays[0], ends[:-1]) if ends else ())
-    matrices = iter(arrays[1:] if ends else arrays)
-    ordered = [next(parts).reshape(leaf.shape) if leaf.ndim <= 1 else next(matrices) for leaf in leaves]
+    ends = list(itertools.accumulate(leaf.size for leaf in leaves if _is_small(leaf)))
+    small = iter(jnp.split(arrays[0], ends[:-1]) if ends else ())
+    large = iter(arrays[1:] if ends else arrays)
+    ordered = [next(small).reshape(leaf.shape) if _is_small(leaf) else next(large) for leaf in leaves]
     return jax.tree.unflatten(jax.tree.structure(like), ordered)
 
 
