@@ -43,6 +43,10 @@ def test_one_image_or_a_batch(policy):
     assert many.shape == (5,)
 
 
+def test_a_policy_says_in_one_line_what_it_is(policy):
+    assert re.fullmatch(r"Policy\('\w+' on 'Catch', \d+ steps\)", repr(policy))
+
+
 def test_the_three_lines_of_the_readme(run):
     block = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
     lines = block.replace("runs/twister-Catch-cpu-seed0", str(run)).splitlines()

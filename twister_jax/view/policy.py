@@ -39,7 +39,7 @@ class Memory(NamedTuple):
     steps: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Policy:
     """What a run learned, ready to act and to dream.
 
@@ -56,6 +56,11 @@ class Policy:
     agent: Agent
     state: State
     about: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        steps = self.about.get("env_steps")
+        trained = f", {steps:,} steps" if isinstance(steps, int) else ""
+        return f"Policy({self.config.agent!r} on {self.config.game!r}{trained})"
 
     def carry(self) -> Memory:
         """The memory of a policy, for one environment or for many, in front of its first image."""
