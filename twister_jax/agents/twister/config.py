@@ -186,14 +186,15 @@ PRESETS = {
         },
         suites={
             "atari": {"train.prefill_steps": 1_000},
+            "gym": {"train.prefill_steps": 1_000},
             "catch": {"train.steps": 1_600} | _TINY,
-            # A faster actor is at ±1, where tanh lets no gradient through, before the world model knows the
-            # paddle from the ball. A surer one tries nothing else in a column where it never caught a ball:
-            # a Gaussian has no uniform share.
+            # The world model has to see catches in every column, and only random play has them in all: after
+            # fewer random steps a policy that never catches in one column fills the replay with its misses.
+            # A faster actor is at ±1, where tanh lets no gradient through, before the paddle can be seen.
             "ContinuousCatch": {
-                "train.steps": 2_800,
-                "train.prefill_steps": 1_600,
-                "algorithm.actor_optimizer.learning_rate": 2e-4,
+                "train.steps": 5_400,
+                "train.prefill_steps": 4_000,
+                "algorithm.actor_optimizer.learning_rate": 3e-4,
                 "algorithm.entropy_scale": 1e-2,
             },
             "remember": {"train.steps": 1_500} | _TINY,
