@@ -4,6 +4,7 @@ Bad input is answered by one line on the standard error stream and exit code 2; 
 reported and the others go on, exit code 1.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import logging
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from benchmarks import options as command_line
 from benchmarks import targets
 from benchmarks.options import Options
-from twister_jax import presets
+from twister_jax import files, presets
 from twister_jax.config import Config
 from twister_jax.errors import UserError
 
@@ -24,23 +25,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         try:
+            files.check_working_directory()
             options = command_line.parse(sys.argv[1:] if arguments is None else arguments)
             _prepare(options)
             code = measure(options, command_line.make_config(options))
         except SystemExit as done:  # --help
             code = int(done.code or 0)
-        sys.stdout.flush()
+        with contextlib.suppress(AttributeError, ValueError):  # closed
+            sys.stdout.flush()
         return code
     except UserError as error:
-        print(f"benchmarks: {' '.join(str(error).split())}", file=sys.stderr)
+        with contextlib.suppress(OSError, ValueError):
+            print(f"benchmarks: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
     except OSError as error:  # of the standard output: sections' own are caught below
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at exit fails again
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at exit fails again
         if isinstance(error, BrokenPipeError):
             return 141  # as shells have it: 128 + SIGPIPE
-        print(f"benchmarks: the table cannot be written: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError, ValueError):
+            print(f"benchmarks: the table cannot be written: {error}", file=sys.stderr)
         return 1
 
 

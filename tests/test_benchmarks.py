@@ -207,6 +207,29 @@ def test_a_table_that_nobody_can_read_ends_without_a_traceback():
     os.close(writer)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "closed", "code"),
+    [
+        *(("--help", closed, 0) for closed in (">&-", ">&- 2>&-")),
+        *(("--bogus", closed, 2) for closed in (">&-", "2>&-", "2>/dev/full", ">&- 2>&-")),
+    ],
+)
+def test_outputs_that_are_closed_or_full_end_without_a_traceback(arguments, closed, code):
+    shell = f"{sys.executable} -m benchmarks {arguments} {closed}"
+    done = subprocess.run(["sh", "-c", shell], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert done.stderr.count("\n") <= 1 or arguments == "--help"
+
+
+def test_a_deleted_working_directory_is_said(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["--preset", "debug"]) == 2
+    assert "the working directory was deleted: change to another one" in capsys.readouterr().err
+
+
 def test_sizes_reach_the_configuration():
     sizes = ["--batch-size", "3", "--batch-length", "90", "--horizon", "5"]
     config = make_config(parse(["--preset", "debug", *sizes]))

@@ -56,6 +56,8 @@ REFUSALS = [
     (["train", "--preset", "paper", "--algorithm.batch-size", "1e5"], "at most 10,000,000 steps together"),
     (["train", "--preset", "paper", "--attention-context", "1e9"], "must be between 1 and 10000"),
     (["train", "--preset", "cpu", "--algorithm.model.hidden-size", "250"], "must be divisible by"),
+    (["train", "--preset", "paper", "--log-every", "1e10"], "must be between 1 and 1000000000"),
+    (["train", "--preset", "paper", "--report-every", "1e10"], "must be between 0 and 1000000000"),
     (["evaluate"], "--logdir is missing"),
     (["evaluate", "--logdir", "/nowhere/at/all"], "is not a run directory"),
     (["evaluate", "--logdir", "x", "--episodes", "-1"], "episodes = -1: must be between 0"),

@@ -56,3 +56,17 @@ def test_where_nothing_can_be_written_it_is_said(tmp_path, refusing, capsys):
     said = capsys.readouterr().out
     assert "NOT SAVED: what was trained up to step 60 could be written neither to" in said
     assert said.count("No space left on device") >= 4  # the run's own directory, and three others
+
+
+def test_places_that_a_user_does_not_have_are_left_out(monkeypatch, tmp_path):
+    """A working directory that was deleted; no HOME and no entry in the password file."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    assert (rescue._working_directory(), len(rescue._home())) == ([tmp_path / "gone"], 1)
+    (tmp_path / "gone").rmdir()
+
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nobody)
+    assert rescue._working_directory() == rescue._home() == []
