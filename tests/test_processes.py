@@ -16,6 +16,8 @@ from twister_jax.config import ParallelConfig
 from twister_jax.errors import UserError
 from twister_jax.processes import Processes, wanted
 from twister_jax.training.load import load_run
+from twister_jax.training.parts import Part
+from twister_jax.training.run import Run
 
 COMMON = ["--agent", "minimal", "--game", "Catch", "--preset", "debug", "--precision", "float32"]
 COMMON += ["--env.num-envs", "4", "--algorithm.batch-size", "4", "--algorithm.warm-up", "4"]
@@ -142,3 +144,15 @@ def test_environments_are_shared_in_order():
     parts = [Processes(index, 4).share(8) for index in range(4)]
     assert [number for part in parts for number in range(8)[part]] == list(range(8))
     assert Processes().exchange({"a": 1}) == [{"a": 1}]
+
+
+def test_no_process_runs_a_program_that_another_still_compiles(monkeypatch):
+    """One has it in its cache, the other takes a while: a device would not wait that long for the other's."""
+    asked = []
+    monkeypatch.setattr(Run, "program", lambda run, name: asked.append(name) or f"{name}, compiled")
+    part = Part.__new__(Part)
+    part._compiled_by_all = set()
+    part.processes = Processes(0, 2)
+    monkeypatch.setattr(part.processes, "exchange", lambda name: asked.append(f"all have {name}"))
+    assert [part.program(name) for name in ("act", "update", "act")][1] == "update, compiled"
+    assert asked == ["act", "all have act", "update", "all have update", "act"]

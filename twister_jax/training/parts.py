@@ -34,6 +34,7 @@ class Part(Run):
         self.processes = processes
         self._clock, self._agreed = 0.0, False
         self._snapshot: Snapshot | None = None
+        self._compiled_by_all: set[str] = set()
         if config.env.num_envs % processes.count:
             raise UserError(
                 f"env.num_envs = {config.env.num_envs}: must be a multiple of {processes.count}, the "
@@ -95,6 +96,16 @@ class Part(Run):
             self._agree()
         self._agreed = False
         super().housekeep()
+
+    def program(self, name: str) -> Any:
+        """See `Run`. No process runs a program before all have it: devices wait for one another half a minute
+        at most, and what compiles in one may be in another's cache.
+        """
+        program = super().program(name)
+        if name not in self._compiled_by_all:
+            self.processes.exchange(name)
+            self._compiled_by_all.add(name)
+        return program
 
     # ------------------------------------------------------------------------------------ what is saved
 
