@@ -77,7 +77,7 @@ test: $(STAMP)-dev ## all tests but the long ones, in two processes
 test-slow: $(STAMP)-dev ## what takes a compilation of its own: TWM killed and resumed, all benchmarks, ...
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(ARGS)
 
-test-learning: $(STAMP)-dev ## both agents learn Catch, in float32 and bfloat16
+test-learning: $(STAMP)-dev ## both agents learn Catch in float32 and bfloat16, TWISTER ContinuousCatch
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m learning $(ARGS)
 
 test-faults: $(STAMP)-dev ## the long campaign: kills, damaged files, full disks

@@ -58,11 +58,15 @@ def test_all_that_decides_the_numbers_is_recorded_and_compared(monkeypatch):
     ("name", "value", "said"),
     [
         ("jax_default_prng_impl", "rbg", "generator rbg (was threefry2x32)"),
-        ("jax_threefry_partitionable", False, "settings jax_threefry_partitionable=False (was )"),
-        ("jax_random_seed_offset", 7, "settings jax_random_seed_offset=7 (was )"),
-        ("jax_default_matmul_precision", "highest", "settings jax_default_matmul_precision=highest (was )"),
-        ("jax_numpy_dtype_promotion", "strict", "settings jax_numpy_dtype_promotion=strict (was )"),
-        ("jax_disable_most_optimizations", True, "settings jax_disable_most_optimizations=True (was )"),
+        ("jax_threefry_partitionable", False, "settings jax_threefry_partitionable=False (was none)"),
+        ("jax_random_seed_offset", 7, "settings jax_random_seed_offset=7 (was none)"),
+        (
+            "jax_default_matmul_precision",
+            "highest",
+            "settings jax_default_matmul_precision=highest (was none)",
+        ),
+        ("jax_numpy_dtype_promotion", "strict", "settings jax_numpy_dtype_promotion=strict (was none)"),
+        ("jax_disable_most_optimizations", True, "settings jax_disable_most_optimizations=True (was none)"),
     ],
 )
 def test_settings_of_jax_that_change_numbers_are_recorded(name, value, said):

@@ -14,7 +14,7 @@ from twister_jax.nn.kernels import as_stored
 from twister_jax.nn.networks import Params
 
 SMALL = 4096
-"""Most numbers of an array that an optimiser joins with others. The larger ones are not worth copying."""
+"""Most numbers of a matrix that is joined with the vectors. The larger ones are not worth copying."""
 
 
 @struct.dataclass

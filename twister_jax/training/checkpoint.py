@@ -21,6 +21,7 @@ names above is neither opened nor deleted.
 import concurrent.futures
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -238,7 +239,8 @@ class Checkpointer(CheckpointDirectory):
                     state_files.compare(path, manifest.state, like)
                     state = state_files.read(path / "state", like)
                 except (UnusableError, OSError) as error:
-                    if not path.exists() and replaced < _MOST_REPLACED:
+                    vanished = not os.path.exists(path)  # of pathlib, a disk's error raises
+                    if vanished and not files.may_pass(error) and replaced < _MOST_REPLACED:
                         replaced += 1  # a newer one is there already
                         break
                     if files.may_pass(error) and pauses:
@@ -251,7 +253,7 @@ class Checkpointer(CheckpointDirectory):
             else:
                 break
         for path, reason in unusable.items():
-            if files.may_pass(reason) or not path.exists():
+            if files.may_pass(reason) or not os.path.exists(path):
                 raise _not_now(path, reason)
         _warn_of(unusable)
         if not there or step is None:

@@ -21,7 +21,7 @@ from twister_jax.files import Checksum, UnusableError
 from twister_jax.replay import segments
 from twister_jax.replay.segments import Layout, Segment
 
-FORMAT = 3
+FORMAT = 4
 """Version of a checkpoint's layout and of what agents keep in their state; raise it when either changes."""
 
 CHECKPOINT_NAME = re.compile(r"(\d{9,18})-(\d{1,9})", re.ASCII)

@@ -61,8 +61,8 @@ def different_numerics(before: Any, precision: str) -> str:
     changed = {
         name: value for name, value in now.items() if value != before.get(name, "" if value == "" else None)
     }
-    was = {name: printable(str(before.get(name)), 40) for name in changed}
-    return ", ".join(f"{name} {value} (was {was[name]})" for name, value in changed.items())
+    was = {name: printable(str(before.get(name)), 40) or "none" for name in changed}
+    return ", ".join(f"{name} {value or 'none'} (was {was[name]})" for name, value in changed.items())
 
 
 def numerics(precision: str) -> dict[str, Any]:
