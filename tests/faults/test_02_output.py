@@ -30,20 +30,39 @@ def test_a_terminal_that_knows_ascii_alone_is_written_to(tmp_path):
     assert b"Traceback" not in done.stderr
 
 
-def test_a_terminal_that_is_closed_does_not_end_a_run(tmp_path):
-    """It goes while the status line rewrites itself; whoever ignores SIGHUP (`nohup`, `tmux`) is not told."""
+def _begin_on_terminal(folder, kind):
+    """A run on a pseudo-terminal with `TERM=kind`, once it says `updates`: itself, our end, what it said."""
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "tests.third", "train", "--agent", "minimal", "--game", "Catch"]
-    command += ["--preset", "debug", "--steps", "150", "--logdir", str(tmp_path / "run")]
+    command += ["--preset", "debug", "--steps", "150", "--logdir", str(folder)]
+    environment = {**os.environ, "TERM": kind}
     process = subprocess.Popen(
-        command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+        command, cwd=ROOT, env=environment, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
     )
     os.close(theirs)
     seen = bytearray()
     end = time.monotonic() + 120
     while b"updates" not in seen and time.monotonic() < end:
-        seen += os.read(ours, 1 << 16)
+        try:
+            seen += os.read(ours, 1 << 16)
+        except OSError:  # the run has ended and closed the terminal
+            break
+    assert b"updates" in seen, seen.decode(errors="replace")
+    return process, ours, seen
+
+
+def test_a_terminal_that_is_closed_does_not_end_a_run(tmp_path):
+    """It goes while the status line rewrites itself; whoever ignores SIGHUP (`nohup`, `tmux`) is not told."""
+    process, ours, seen = _begin_on_terminal(tmp_path / "run", "xterm")
     os.close(ours)
     assert process.wait(120) == 0
     assert b"\x1b[2K" in seen  # a line is cleared: it was the status line of a terminal
     assert (tmp_path / "run" / "evaluation.json").exists()
+
+
+def test_a_terminal_that_cannot_rewrite_a_line_gets_plain_ones(tmp_path):
+    """`TERM=dumb`, as in an editor's shell: rich would show nothing there."""
+    process, ours, seen = _begin_on_terminal(tmp_path / "run", "dumb")
+    os.close(ours)
+    assert process.wait(120) == 0
+    assert b"\x1b" not in seen

@@ -23,8 +23,8 @@ class Progress:
     """
 
     def __init__(self, every_seconds: float = 15.0):
-        """`every_seconds`: time between lines where there is no terminal."""
-        self._live = sys.stdout is not None and sys.stdout.isatty()
+        """`every_seconds`: time between lines where there is no terminal, or one that cannot rewrite."""
+        self._live = sys.stdout is not None and sys.stdout.isatty() and _can_rewrite()
         self._every = 0.5 if self._live else every_seconds
         self._next = 0.0
         self._status: Any = None
@@ -71,6 +71,13 @@ class Progress:
                 status.stop()
             except OSError:
                 self._live = False
+
+
+def _can_rewrite() -> bool:
+    """Whether rich animates a status line here; with `TERM=dumb`, for one, it would show nothing."""
+    from rich.console import Console
+
+    return Console().is_interactive
 
 
 class Pace:
