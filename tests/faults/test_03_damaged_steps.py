@@ -1,6 +1,8 @@
 """3. Stored steps that all checkpoints share are damaged: the run goes on without them, and says so."""
 
 import json
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +13,10 @@ from tests.runs import config_of, damage
 from tests.third import MinimalConfig
 from tests.training.test_checkpoint import Run, flip
 from twister_jax.replay import store
+from twister_jax.training import loop
 from twister_jax.training.checkpoint import Checkpointer
 from twister_jax.training.load import load_run
+from twister_jax.training.run import Run as TrainingRun
 from twister_jax.training.train import train
 
 WINDOW = MinimalConfig().batch_length
@@ -51,6 +55,49 @@ def test_a_run_whose_replay_was_lost_learns_again_when_it_can(tmp_path):
     lost = after.filled_at - before.filled_at
     assert 0 < lost <= WINDOW
     assert after.updates - before.updates == pytest.approx(0.7 * (20 - lost), abs=1)
+
+
+@pytest.mark.parametrize("interrupted", ["pretrain", "update"])
+def test_nothing_is_learned_or_drawn_from_a_replay_that_was_lost(tmp_path, interrupted, monkeypatch):
+    """Lost between two updates of a pretraining phase, or where a picture was due."""
+    config, count = config_of(tmp_path), 0
+    original = getattr(loop, interrupted)
+
+    def counted(run, kind, *args):
+        nonlocal count
+        original(run, kind, *args)
+        count += interrupted == "pretrain" or kind == "update"
+        if count == (10 if interrupted == "pretrain" else 40):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, interrupted, counted)
+        assert train(config) == 143
+    before = load_run(tmp_path).counters
+    assert (before.pretraining_updates, before.updates) == (
+        (10, 0) if interrupted == "pretrain" else (50, 40)
+    )
+    for path in (tmp_path / "checkpoints" / "replay").glob("*.npy"):
+        damage(path)
+
+    stored = []
+
+    def noted(function):
+        def call(run, *args):
+            stored.append(run.stored)
+            return function(run, *args)
+
+        return call
+
+    monkeypatch.setattr(loop, "update", noted(loop.update))
+    program = TrainingRun.program
+    monkeypatch.setattr(
+        TrainingRun, "program", lambda run, name: (noted(program) if name == "report" else program)(run, name)
+    )
+    assert train(config) == 0
+    assert min(stored) >= WINDOW
+    assert load_run(tmp_path).counters.pretraining_updates == 50
+    assert list((tmp_path / "pictures").iterdir())
 
 
 def test_visit_counts_of_the_steps_that_are_left_are_kept(tmp_path):

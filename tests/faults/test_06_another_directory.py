@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -199,6 +200,24 @@ def test_a_vanished_directory_is_made_again_and_locked(tmp_path):
         shutil.rmtree(tmp_path / "run")
         with RunDirectory(tmp_path / "run"), pytest.raises(LostError):
             directory.make_again({"seed": 3})
+
+
+def test_somebody_quicker_keeps_the_directory_that_vanished(tmp_path, monkeypatch):
+    """Another process makes the directory between our look and our lock, and has not locked it yet."""
+    path, mkdir = tmp_path / "run", Path.mkdir
+
+    def quicker(self, *args, **kwargs):
+        mkdir(self, *args, **kwargs)
+        if self == path:
+            (path / "run.lock").touch()
+
+    with RunDirectory(path) as directory:
+        shutil.rmtree(path)
+        monkeypatch.setattr(Path, "mkdir", quicker)
+        with pytest.raises(LostError):
+            directory.make_again({"seed": 3})
+        assert os.listdir(path) == ["run.lock"]
+        Lock(path / "run.lock").take()  # nobody else holds it
 
 
 # 21. Locks that keep nobody out
