@@ -43,7 +43,7 @@ def test_a_suite_and_an_agent_add_to_a_preset():
     """The suite's settings come over the agent's, and what an agent has for a suite over both."""
     assert make_config(preset="cpu", game="Catch").train.steps == 1_600
     continuous = make_config(preset="cpu", game="ContinuousCatch")
-    assert (continuous.train.steps, continuous.algorithm.batch_size) == (5_400, 4)
+    assert (continuous.train.steps, continuous.algorithm.batch_size) == (7_000, 4)
     assert continuous.algorithm.actor_optimizer.learning_rate == 3e-4  # its own, over the suite's
     assert continuous.algorithm.critic_optimizer.learning_rate == 6e-4
     assert make_config("twm", "cpu", "Catch").train.steps == 3_000

@@ -192,7 +192,7 @@ PRESETS = {
             # fewer random steps a policy that never catches in one column fills the replay with its misses.
             # A faster actor is at ±1, where tanh lets no gradient through, before the paddle can be seen.
             "ContinuousCatch": {
-                "train.steps": 5_400,
+                "train.steps": 7_000,
                 "train.prefill_steps": 4_000,
                 "algorithm.actor_optimizer.learning_rate": 3e-4,
                 "algorithm.entropy_scale": 1e-2,
