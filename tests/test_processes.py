@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 from tests.runs import ROOT, rows_of
 from twister_jax.cli import main
 from twister_jax.config import ParallelConfig
 from twister_jax.errors import UserError
-from twister_jax.processes import Processes, wanted
+from twister_jax.processes import Processes, ending_with_others, wanted
 from twister_jax.training.load import load_run
 from twister_jax.training.parts import Part
 from twister_jax.training.run import Run
@@ -82,6 +83,26 @@ def test_one_of_two_is_killed_and_both_go_on(tmp_path, victim):
     assert code == 0, err
     assert f"resumed at step {there.counters.env_steps} with devices 1 (was 4)" in out
     assert load_run(tmp_path).counters.env_steps == 240
+
+
+GLOO = "INTERNAL: Gloo all-reduce failed: [pair.cc:538] Read error [127.0.0.1]:1: Connection reset by peer"
+NCCL = "INTERNAL: NCCL operation ncclGroupEnd() failed: remote process exited or there was a network error."
+
+
+@pytest.mark.parametrize("message", [GLOO, NCCL, "UNAVAILABLE: failed to send heartbeat"])
+def test_an_error_of_a_collective_ends_the_process_as_jax_would(message, monkeypatch):
+    aborted = []
+    monkeypatch.setattr(os, "abort", lambda: aborted.append(True))
+    with pytest.raises(jax.errors.JaxRuntimeError), ending_with_others(Processes(1, 2)):
+        raise jax.errors.JaxRuntimeError(message)
+    assert aborted == [True]
+
+
+@pytest.mark.parametrize(("message", "count"), [(GLOO, 1), ("RESOURCE_EXHAUSTED: Out of memory", 2)])
+def test_other_errors_are_not_taken_for_a_lost_process(message, count, monkeypatch):
+    monkeypatch.setattr(os, "abort", lambda: pytest.fail("aborted"))
+    with pytest.raises(jax.errors.JaxRuntimeError), ending_with_others(Processes(0, count)):
+        raise jax.errors.JaxRuntimeError(message)
 
 
 @pytest.mark.slow

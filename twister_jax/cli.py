@@ -102,7 +102,8 @@ def train(arguments: list[str]) -> int:
         say(presets.differences_from_paper(configs[0]))
         if line := outlook(configs[0]):
             say(line)
-    code = train_seeds(configs) if seeds is not None else run(configs[0], processes=others)
+    with processes.ending_with_others(others):
+        code = train_seeds(configs) if seeds is not None else run(configs[0], processes=others)
     if not others.first:
         return code
     if code == 0:

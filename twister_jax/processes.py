@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 from twister_jax.config import ParallelConfig
@@ -166,6 +167,31 @@ def supervise(config: ParallelConfig) -> int:
     )
     print(f"twister_jax: {gone if connected.is_set() else _no_answer(config)}", file=sys.stderr)
     return _PEER_GONE
+
+
+_PEER_LOST = re.compile(
+    r"gloo|nccl.*(remote|network)|connection (reset|closed|refused)|heartbeat|coordination service", re.I
+)
+"""What JAX's errors say where the other side of a collective, or the coordinator, is gone."""
+
+
+@contextlib.contextmanager
+def ending_with_others(processes: Processes) -> Iterator[None]:
+    """Aborts this process, as JAX itself does, where an error says that another one is gone.
+
+    Which of the two happens is a matter of who looks first: the loop at a number that never came, or JAX at
+    its coordinator. An ordinary exit would wait for the others.
+    """
+    import jax
+
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if processes.count > 1 and _PEER_LOST.search(str(error)):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                sys.stdout.flush()
+            os.abort()
+        raise
 
 
 _NOISE = re.compile(
