@@ -187,7 +187,7 @@ def resized(config: Config, sizes: Mapping[str, int]) -> Config:
       UserError: the agent has no such size.
     """
     config = replace(config, {f"algorithm.{name}": size for name, size in sizes.items()})
-    windows = (sizes.get("batch_length", 0) + 2) * config.env.num_envs
+    windows = (getattr(config.algorithm, "batch_length", 0) + 2) * config.env.num_envs
     prefill = max(config.train.prefill_steps, windows)
     steps = max(config.train.steps, 2 * prefill)
     return replace(config, {"train.prefill_steps": prefill, "train.steps": steps})

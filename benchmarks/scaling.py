@@ -62,7 +62,7 @@ def _measure(bench: Bench, name: str, config: Config, count: int, streams: int) 
     try:
         if bench.out_of_time:
             raise UserError("--minutes are over")
-        config = replace(config, {"env.num_envs": streams, "parallel.data": count})
+        config = resized(replace(config, {"env.num_envs": streams, "parallel.data": count}), {})
         presets.validate(config)
         subject = make_subject(config, _REPLAY_STEPS, streams)
         devices = Devices.choose(count, streams, subject.agent.shared_sizes)

@@ -120,6 +120,27 @@ def test_every_section_runs_for_every_agent(agent, tmp_path, own_cache):
     assert not unmeasured
 
 
+@pytest.mark.parametrize("agent", AGENTS)
+@pytest.mark.parametrize("preset", ["debug", "cpu", "paper"])
+def test_any_number_of_environments_has_random_steps_enough(agent, preset):
+    config = make_config(parse(["--agent", agent, "--preset", preset, "--envs", "500"]))
+    assert config.train.prefill_steps >= 500 * config.algorithm.batch_length
+    assert config.train.steps > config.train.prefill_steps
+
+
+@pytest.mark.slow
+def test_scaling_measures_what_virtual_devices_share(tmp_path):
+    path = tmp_path / "out.json"
+    command = [sys.executable, "-m", "benchmarks", "--preset", "debug", "--quick", "--only", "scaling"]
+    subprocess.run([*command, "--json", str(path)], check=True)
+    found = json.loads(path.read_text())
+    assert found["failed"] == {}
+    values = {row["name"]: row["value"] for row in found["rows"]}
+    assert [name for name, value in values.items() if value is None] == ["batch 4 on 8"]  # it does not divide
+    replay = [values[f"batch 4 {name}, replay"] for name in ("on 1", "on 2", "on 4", "each on 8")]
+    assert replay == pytest.approx([replay[0] / n for n in (1, 2, 4, 8)], rel=0.01)  # bytes of each device
+
+
 @pytest.mark.parametrize("ratio", [0.5, 1.0, 1.3])
 def test_the_loop_is_told_apart_from_its_updates(ratio):
     """An iteration lasts 0.2 s, and 0.6 s for each update that the one before put into the queue."""
