@@ -217,7 +217,9 @@ def test_somebody_quicker_keeps_the_directory_that_vanished(tmp_path, monkeypatc
         with pytest.raises(LostError):
             directory.make_again({"seed": 3})
         assert os.listdir(path) == ["run.lock"]
-        Lock(path / "run.lock").take()  # nobody else holds it
+        theirs = Lock(path / "run.lock")
+        theirs.take()  # nobody else holds it
+        theirs.release()
 
 
 # 21. Locks that keep nobody out

@@ -24,8 +24,8 @@ class Progress:
 
     def __init__(self, every_seconds: float = 15.0):
         """`every_seconds`: time between lines where there is no terminal, or one that cannot rewrite."""
-        self._live = sys.stdout is not None and sys.stdout.isatty() and _can_rewrite()
-        self._every = 0.5 if self._live else every_seconds
+        self._console = _rewritable()
+        self._every = every_seconds if self._console is None else 0.5
         self._next = 0.0
         self._status: Any = None
         self._last = ""
@@ -37,21 +37,20 @@ class Progress:
     def update(self, line: str) -> None:
         """Shows where the run stands."""
         self._next = time.monotonic() + self._every
-        if not self._live:
+        if self._console is None:
             if line != self._last:
                 say(line)
             self._last = line
             return
-        from rich.console import Console
         from rich.markup import escape
 
         try:
             if self._status is None:
-                self._status = Console().status("", spinner="dots")
+                self._status = self._console.status("", spinner="dots")
                 self._status.start()
             self._status.update(escape(line))
         except OSError:
-            self._live = False
+            self._console = None
 
     def say(self, line: str) -> None:
         """A line that stays."""
@@ -61,7 +60,7 @@ class Progress:
         try:
             self._status.console.print(line, markup=False, highlight=False, soft_wrap=True)
         except OSError:
-            self._live = False
+            self._console = None
 
     def close(self) -> None:
         """Releases the terminal."""
@@ -70,14 +69,17 @@ class Progress:
             try:
                 status.stop()
             except OSError:
-                self._live = False
+                self._console = None
 
 
-def _can_rewrite() -> bool:
-    """Whether rich animates a status line here; with `TERM=dumb`, for one, it would show nothing."""
+def _rewritable() -> Any:
+    """Standard output as rich's console; None where rich would animate nothing, as with `TERM=dumb`."""
+    if sys.stdout is None or not sys.stdout.isatty():
+        return None
     from rich.console import Console
 
-    return Console().is_interactive
+    console = Console()
+    return console if console.is_interactive else None
 
 
 class Pace:
