@@ -118,10 +118,13 @@ def conv2d(
             return cpu_convolutions.conv2d(x, kernel, params, stride, padding, epilogue.cpu)
 
         return parallel.on_shares(conv, x, kernel, epilogue.params)
-    y = jax.lax.conv_general_dilated(
+    return epilogue(_plain_conv(x, kernel, stride, padding))
+
+
+def _plain_conv(x: Array, kernel: Array, stride: int, padding: int) -> Array:
+    return jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), [(padding, padding)] * 2, dimension_numbers=_DIMENSIONS
     )
-    return epilogue(y)
 
 
 def conv2d_transpose(
@@ -154,11 +157,34 @@ def conv2d_transpose(
             return cpu_convolutions.conv2d_transpose(x, kernel, params, stride, padding, epilogue.cpu)
 
         return parallel.on_shares(conv_transpose, x, kernel, epilogue.params)
+    return epilogue(_plain_transpose(x, kernel, stride, padding))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _plain_transpose(x: Array, kernel: Array, stride: int, padding: int) -> Array:
+    """With the gradients of the convolution whose input gradient this is.
+
+    JAX's own are of a convolution with a flipped kernel, for which a TPU flips the images.
+    """
     pads = [(k - 1 - padding,) * 2 for k in kernel.shape[:2]]
-    y = jax.lax.conv_general_dilated(
+    return jax.lax.conv_general_dilated(
         x, kernel[::-1, ::-1], (1, 1), pads, lhs_dilation=(stride, stride), dimension_numbers=_DIMENSIONS
     )
-    return epilogue(y)
+
+
+def _plain_transpose_backward(
+    stride: int, padding: int, saved: tuple[Array, Array], dy: Array
+) -> tuple[Array, Array]:
+    x, kernel = saved
+    conv = partial(_plain_conv, stride=stride, padding=padding)
+    dx, pull = jax.vjp(conv, dy, kernel.swapaxes(2, 3))
+    return dx, pull(x)[1].swapaxes(2, 3)
+
+
+_plain_transpose.defvjp(
+    lambda x, kernel, stride, padding: (_plain_transpose(x, kernel, stride, padding), (x, kernel)),
+    _plain_transpose_backward,
+)
 
 
 def _check(x: Array, kernel: Array, stride: int, padding: int) -> None:
