@@ -218,7 +218,8 @@ def curve(plt: Any, trust: Trust, title: str) -> Picture:
     for axis, (title, lines) in zip(axes, plots.items(), strict=True):
         for name, values in lines.items():
             axis.plot(steps, values, label=name, marker="." if len(steps) < 40 else None)
-        axis.set(title=title, xlabel="steps foreseen", ylim=(0, None))
+        axis.set_title(title, pad=16)  # above the axis's power of ten
+        axis.set(xlabel="steps foreseen", ylim=(0, None))
         axis.grid(alpha=0.3)
         axis.legend()
     buffer = io.BytesIO()
