@@ -35,7 +35,7 @@ def test_twister_agrees_in_everything_the_fixture_holds(capsys):
 
 @pytest.mark.parametrize("agent", ["twister", "twm"])
 def test_the_formulation_of_accelerators_agrees_as_well(agent, monkeypatch):
-    """Plain library calls, with the gradients that JAX makes of them."""
+    """Plain library calls, with their own gradients."""
     for module in (cpu_convolutions, cpu_epilogues):
         for name in ("conv2d", "conv2d_transpose", "apply"):
             monkeypatch.delattr(module, name, raising=False)

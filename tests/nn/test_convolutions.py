@@ -94,10 +94,10 @@ def by_definition(function, x, kernel, dy, stride, padding):
     return (gathered, scattered, dkernel) if function is conv2d else (scattered, gathered, dkernel)
 
 
-def compare_with_definition(function, x_shape, kernel_shape, stride, padding):
-    """The CPU's form against sums over pixels: for some odd shapes XLA cannot compile the plain form."""
+def compare_with_definition(function, x_shape, kernel_shape, stride, padding, device="cpu"):
+    """A device's form against sums over pixels: for some odd shapes XLA cannot compile the plain form."""
     arrays = draw(function, x_shape, kernel_shape, stride, padding)
-    results = run(function, *arrays, stride, padding, "cpu")
+    results = run(function, *arrays, stride, padding, device)
     for ours, exact in zip(results, by_definition(function, *arrays, stride, padding), strict=True):
         close(ours, exact)
 
@@ -145,6 +145,16 @@ def test_any_convolution(n, h, w, kh, kw, stride, padding):
 def test_any_transposed_convolution(n, h, w, kh, kw, stride, padding):
     assume((h - 1) * stride - 2 * padding + kh >= 1 and (w - 1) * stride - 2 * padding + kw >= 1)
     compare_with_definition(conv2d_transpose, (n, h, w, 2), (kh, kw, 2, 3), stride, padding)
+
+
+@pytest.mark.parametrize(
+    ("image", "kernel", "stride", "padding"),
+    [((5, 4), (1, 5), 3, 0), ((4, 6), (6, 3), 2, 2), ((3, 3), (2, 2), 3, 0), ((4, 3), (3, 4), 1, 1)],
+)
+def test_the_plain_form_of_odd_transposed_convolutions(image, kernel, stride, padding):
+    """Its gradients are not those that JAX makes of it."""
+    shapes = (2, *image, 2), (*kernel, 2, 3)
+    compare_with_definition(conv2d_transpose, *shapes, stride, padding, device="gpu")
 
 
 @pytest.mark.parametrize("function", [conv2d, conv2d_transpose])

@@ -1,8 +1,8 @@
 """Operations whose best formulation depends on the device: the one place where it is chosen.
 
-Accelerators get library calls and plain compositions that JAX differentiates. XLA's CPU backend is slow at
-some of these, so a CPU gets the formulations written out in `cpu_convolutions` and `cpu_epilogues`.
-`runtime.target()` says which device is being traced for.
+Accelerators get library calls and plain compositions, which JAX differentiates but for transposed
+convolutions. XLA's CPU backend is slow at some of these, so a CPU gets the formulations written out in
+`cpu_convolutions` and `cpu_epilogues`. `runtime.target()` says which device is being traced for.
 """
 
 import math
