@@ -487,6 +487,7 @@ def test_durations(seconds, text):
     ("settings", "says"),
     [
         ({"game": "Breakout", "train.steps": 25_200}, "expect 25,200 steps to take 1h00m at 7 a second"),
+        ({"game": "Krull", "agent": "twm", "train.steps": 15_120}, "expect 15,120 steps to take 1h00m"),
         ({"game": "Breakout", "algorithm.batch_size": 16}, ""),  # how long that takes was not measured
         ({"game": "Catch"}, ""),
         ({"game": "Breakout", "preset": "paper"}, ""),

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Literal
 
-from twister_jax.agents import Preset
+from twister_jax.agents import Outlook, Preset
 from twister_jax.config import AlgorithmConfig, Config, OptimizerConfig, too_few_steps, too_many_steps
 from twister_jax.fields import (
     Fraction,
@@ -235,6 +235,13 @@ PRESETS = {
         },
         env=_ENV,
         suites={"catch": {"train.steps": 3_000}},
+        outlook={
+            "atari": Outlook(
+                4.2,
+                "a core of an AMD EPYC",
+                "20,000 (train.steps) were enough to play Krull better than people do",
+            )
+        },
     ),
     "debug": Preset(
         TwmConfig(
