@@ -48,8 +48,9 @@ class Member(Run):
 
     def __getattr__(self, name: str) -> Any:
         """Arrays that lie with the group, copied out of it: to be saved, or looked at."""
-        if name in ("state", "replay", "averages") and self.group is not None:
-            return getattr(self.group, f"{name}_of")(self.index)
+        held = {"state": Group.state_of, "replay": Group.replay_of, "averages": Group.averages_of}
+        if name in held and self.group is not None:
+            return held[name](self.group, self.index)
         raise AttributeError(name)
 
     def take_means(self, kind: str) -> dict[str, float | None]:
